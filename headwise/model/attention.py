@@ -1,0 +1,142 @@
+"""Attention modules that run layers which the original classes cannot express."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from headwise.errors import UnsupportedModelError
+
+
+class MultiHeadAttention(nn.Module):
+    """``nn.MultiheadAttention`` with one matrix per projection, so that any number of heads of any width fits.
+
+    Takes and returns what ``nn.MultiheadAttention`` does. Shapes below: B batch, T query tokens, S key tokens, D model
+    width, N heads, H head_dim.
+
+    Attributes:
+        q_proj: (N * H, D); likewise ``k_proj`` (N * H, kdim) and ``v_proj`` (N * H, vdim).
+        out_proj: (D, N * H).
+    """
+
+    # Read by nn.TransformerEncoder(Layer) to choose its packed fast path, which this module does not have.
+    _qkv_same_embed_dim = False
+    in_proj_weight = None
+    in_proj_bias = None
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if original.bias_k is not None or original.add_zero_attn:
+            raise UnsupportedModelError(
+                "nn.MultiheadAttention with add_bias_kv or add_zero_attn",
+                expected="attention over the given keys only",
+                fix="train without these options: their extra key belongs to no head's projection",
+            )
+        self.num_heads = original.num_heads
+        self.head_dim = original.head_dim
+        self.dropout = original.dropout
+        self.batch_first = original.batch_first
+        if original.in_proj_weight is not None:
+            weights = original.in_proj_weight.detach().chunk(3)
+        else:
+            weights = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
+        biases = (None,) * 3 if original.in_proj_bias is None else original.in_proj_bias.detach().chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q = self._heads(self.q_proj(query))
+        k = self._heads(self.k_proj(key))
+        v = self._heads(self.v_proj(value))
+        mask = self._mask(q, attn_mask, key_padding_mask)
+        causal = is_causal and mask is None
+        dropout = self.dropout if self.training else 0.0
+        mixed, weights = (
+            self._attend_with_weights(q, k, v, mask, causal)
+            if need_weights
+            else (F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None)
+        )
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(B, T, N * H) -> (B, N, T, H)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _mask(
+        self, q: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The two masks as one that is added to the scores, broadcastable to (B, N, T, S)."""
+        mask = None
+        if attn_mask is not None:
+            if attn_mask.dim() == 3:
+                raise UnsupportedModelError(
+                    "an attn_mask with one entry per head",
+                    expected="a mask of shape (T, S) that all heads share",
+                    fix="give the mask without the head axis: a removed head has no entry any more",
+                )
+            mask = _additive(attn_mask, q)[None, None]
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+            mask = padding if mask is None else mask + padding
+        return mask
+
+    @staticmethod
+    def _attend_with_weights(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            mask = _additive(hidden, q)
+        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+        return weights @ v, weights
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A boolean mask (True = not attended) as 0 / lowest finite number; a float mask as it is."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, torch.finfo(like.dtype).min / 2)
+
+
+def unpack_attention(module: nn.Module) -> None:
+    """Replace every ``nn.MultiheadAttention`` below ``module`` by the equal ``MultiHeadAttention``, in place."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(parent, name, MultiHeadAttention(child).train(child.training))
+        if isinstance(parent, nn.TransformerEncoder):
+            # The nested-tensor path reads the packed weights of its layers.
+            parent.use_nested_tensor = False

@@ -1,0 +1,375 @@
+"""Load and save checkpoints, also those whose layers differ in their head counts.
+
+A saved directory holds ``model.safetensors`` and ``headwise.json`` (the layout by original head ids, and how to build
+the module). A transformers model also keeps its own files; where all layers are equal and the stock config can say so,
+plain ``AutoModel.from_pretrained`` loads the directory as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from headwise.artifacts import digest_bytes, digest_file, digest_json, storage_error, write_atomic
+from headwise.errors import CheckpointError, DataError
+from headwise.model import surgery
+from headwise.model.forward import input_names
+from headwise.model.layout import AttentionLayout, Layout, uniform
+from headwise.model.view import ModelView
+
+SIDECAR = "headwise.json"
+WEIGHTS = "model.safetensors"
+_SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A model with what is needed to feed it and to save it again.
+
+    Attributes:
+        module: the model in eval mode and float32.
+        source: what the user named: a directory, a hub id or ``module:factory``.
+        kind: ``transformers``, or ``module`` for plain PyTorch.
+        digest: digest of the weights and of the files that decide how they are used.
+        folder: the directory that it was loaded from; None for a factory or a hub id.
+        factory: ``module:factory`` of a plain module.
+        layout: the heads by original id, where the checkpoint came with a layout of its own.
+    """
+
+    module: nn.Module
+    source: str
+    kind: str
+    digest: str
+    folder: Path | None = None
+    factory: str | None = None
+    layout: Layout | None = None
+
+    @property
+    def model_type(self) -> str:
+        """``config.model_type`` of a transformers model, the class name of a plain module."""
+        config = getattr(self.module, "config", None)
+        return str(getattr(config, "model_type", type(self.module).__name__))
+
+    def view(self) -> ModelView:
+        """The model as attention layers, with heads by their original ids."""
+        view = ModelView.of(self.module)
+        if self.layout is not None:
+            view.rename(self.layout)
+        return view
+
+    def copy(self) -> Checkpoint:
+        """A second, independent copy of the model."""
+        return Checkpoint(**{**vars(self), "module": copy.deepcopy(self.module)})
+
+    def input_names(self) -> tuple[str, ...]:
+        """The named parameters of the model's ``forward``."""
+        return input_names(self.module)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            DataError: it has none, so that text cannot be fed to it.
+        """
+        return self._processor(transformers.AutoTokenizer, "tokenizer", "text")
+
+    def image_processor(self) -> Any:
+        """The checkpoint's image processor; DataError where it has none."""
+        return self._processor(transformers.AutoImageProcessor, "image processor", "images")
+
+    def _processor(self, auto: Any, what: str, data: str) -> Any:
+        if self.kind == "transformers":
+            try:
+                return auto.from_pretrained(str(self.folder or self.source))
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                reason = str(error).splitlines()[0]
+        else:
+            reason = "a plain module has none"
+        raise DataError(
+            f"no {what} in {self.source}: {reason}",
+            expected=f"a {what}, because the recipe's data are {data}",
+            fix="save it into the checkpoint's directory, or give arrays named after the model's inputs",
+        )
+
+
+def load_checkpoint(ref: str | Path) -> Checkpoint:
+    """Load a trained model.
+
+    Args:
+        ref: a local directory (of transformers, or written by headwise), ``module:factory`` for a plain module whose
+            factory takes no arguments and returns it with its weights, or a hub id.
+
+    Raises:
+        CheckpointError: nothing usable is there, or a weight is NaN or infinite.
+    """
+    source = str(ref)
+    folder = Path(source)
+    if folder.is_dir():
+        found = _load_folder(folder, source)
+    elif ":" in source:
+        found = _load_factory(source)
+    elif folder.exists():
+        raise CheckpointError(
+            f"{source} is a file",
+            expected="a checkpoint directory, a hub id, or module:factory",
+            fix="name the directory that holds config.json or headwise.json",
+        )
+    else:
+        found = Checkpoint(module=_from_pretrained(source), source=source, kind="transformers", digest="")
+        found.digest = _digest_module(found.module)
+    found.module.eval().requires_grad_(False)
+    _refuse_broken_weights(found.module, source)
+    return found
+
+
+def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
+    """Write the model as ``load_checkpoint`` reads it back, bit for bit.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    layout = view.layout
+    sidecar: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "kind": checkpoint.kind,
+        "family": view.family.name,
+        "layout": [entry.to_json() for entry in layout],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint.kind == "transformers":
+            sidecar["stock"] = _save_transformers(checkpoint, view, folder)
+            if not sidecar["stock"] and view.family.config:
+                # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
+                sidecar["per_layer_config"] = _per_layer_config(view)
+        else:
+            sidecar["factory"] = checkpoint.factory
+            save_file(_tensors(checkpoint.module), str(folder / WEIGHTS))
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    write_atomic(folder / SIDECAR, json.dumps(sidecar, indent=2))
+
+
+def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
+    """Write transformers' own files; returns whether the stock class can load them."""
+    module, layout, family = checkpoint.module, view.layout, view.family
+    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(_fresh(module)).attention]
+    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
+    stock = unchanged or (uniform(layout) and bool(family.config))
+    config = module.config
+    original = copy.deepcopy(config)
+    try:
+        if stock and not unchanged:
+            for name, count in family.config.items():
+                setattr(config, name, count(next(iter(layout))))
+        # The original format renames weights in a way that only the stock loader undoes.
+        module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+    finally:
+        module.config = original
+    if checkpoint.folder is not None:
+        _copy_companions(checkpoint.folder, folder)
+    return stock
+
+
+def _per_layer_config(view: ModelView) -> dict[str, dict[str, int]]:
+    """Head counts in the schema of transformers' ``per_layer_config``."""
+    return {
+        str(layer.index): {name: count(layer.layout) for name, count in view.family.config.items()}
+        for layer in view.attention
+    }
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed."""
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
+    for path in source.rglob("*"):
+        relative = path.relative_to(source)
+        skip = path.suffix in weights or path.name.endswith(".index.json") or any(p.startswith(".") for p in relative.parts)
+        if path.is_file() and not skip and not (folder / relative).exists():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+
+
+def _load_folder(folder: Path, source: str) -> Checkpoint:
+    sidecar = _read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else None
+    if sidecar is None:
+        if not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder} has neither config.json nor {SIDECAR}",
+                expected="a transformers checkpoint, or a directory written by headwise",
+                fix="name the directory that save_pretrained wrote, or use module:factory for a plain module",
+            )
+        return Checkpoint(
+            module=_from_pretrained(source), source=source, kind="transformers", digest=_digest_folder(folder), folder=folder
+        )
+    layout = tuple(AttentionLayout.from_json(entry) for entry in sidecar["layout"])
+    factory = sidecar.get("factory")
+    if sidecar["kind"] == "transformers":
+        module = _from_pretrained(source) if sidecar["stock"] else _rebuild(folder, layout)
+    else:
+        module = _call_factory(factory)
+        _load_weights(module, layout, folder)
+    return Checkpoint(
+        module=module,
+        source=source,
+        kind=sidecar["kind"],
+        digest=_digest_folder(folder),
+        folder=folder,
+        factory=factory,
+        layout=layout,
+    )
+
+
+def _rebuild(folder: Path, layout: Layout) -> nn.Module:
+    """A transformers model whose layers have other shapes than its config says."""
+    values = _read_json(folder / "config.json")
+    config = transformers.AutoConfig.for_model(**values)
+    module = _fresh_class(config)(config)
+    _load_weights(module, layout, folder)
+    module.tie_weights()
+    return module
+
+
+def _load_weights(module: nn.Module, layout: Layout, folder: Path) -> None:
+    surgery.reshape(ModelView.of(module), layout)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(str(path)))
+    have = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tied = {n for n in have if n not in dict(module.named_parameters())}
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    lost = [name for name in missing if name not in tied and name not in _tied_names(module)]
+    if lost or unexpected:
+        raise CheckpointError(
+            f"{folder}: weights do not fit the model (missing {lost[:3]}, unexpected {list(unexpected)[:3]})",
+            expected="exactly the weights that the model has",
+            fix="save the checkpoint again with headwise, or load it with the version that wrote it",
+        )
+
+
+def _tied_names(module: nn.Module) -> set[str]:
+    """Parameters that transformers ties to another one and leaves out of the file."""
+    return set(getattr(module, "all_tied_weights_keys", None) or {})
+
+
+def _from_pretrained(source: str) -> nn.Module:
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        cls = _fresh_class(config)
+        module, info = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+        if missing and all(name.startswith("pooler.") for name in missing):
+            # Sentence encoders are often saved without the pooler; a random one must not become an output.
+            module, info = cls.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, add_pooling_layer=False
+            )
+            missing = sorted(info["missing_keys"])
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(
+            f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}",
+            expected="a checkpoint directory, a hub id that transformers can load, or module:factory",
+            fix="check the name; a hub id needs the network or a filled cache",
+        ) from error
+    if missing:
+        raise CheckpointError(
+            f"{source} has no weights for {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}",
+            expected="a trained weight for every parameter of " + type(module).__name__,
+            fix="use the checkpoint of the fine-tuned model: headwise does not measure randomly initialised heads",
+        )
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _fresh_class(config: Any) -> Any:
+    """The class that the checkpoint was saved from; the bare backbone where the config does not say."""
+    names = getattr(config, "architectures", None) or []
+    return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    """The stock model of the module's config, on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return type(module)(copy.deepcopy(module.config))
+
+
+def _load_factory(source: str) -> Checkpoint:
+    module = _call_factory(source)
+    return Checkpoint(module=module, source=source, kind="module", digest=_digest_module(module), factory=source)
+
+
+def _call_factory(source: str | None) -> nn.Module:
+    name, _, attribute = (source or "").partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory: Callable[[], Any] = getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} cannot be imported: {error}",
+            expected="module:factory, where factory() returns an nn.Module with its weights",
+            fix="run from the folder that holds the module, or install it",
+        ) from error
+    try:
+        module = factory()
+    except Exception as error:  # somebody else's code
+        raise CheckpointError(
+            f"{source}() failed: {type(error).__name__}: {error}",
+            expected="a factory without arguments that returns an nn.Module with its weights",
+            fix="call it in a Python shell to see the full traceback",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise CheckpointError(
+            f"{source}() returned {type(module).__name__}",
+            expected="an nn.Module with its weights",
+            fix="return the model itself from the factory",
+        )
+    return module.float()
+
+
+def _refuse_broken_weights(module: nn.Module, source: str) -> None:
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinite values",
+                expected="finite weights",
+                fix="use a checkpoint from before the training diverged",
+            )
+
+
+def _tensors(module: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The state dict with every shared tensor stored once more, which safetensors asks for."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _digest_folder(folder: Path) -> str:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".safetensors", ".bin", ".json", ".txt"})
+    return digest_json({p.relative_to(folder).as_posix(): digest_file(p) for p in files})
+
+
+def _digest_module(module: nn.Module) -> str:
+    parts = {n: digest_bytes(t.detach().cpu().contiguous().numpy().tobytes()) for n, t in module.state_dict().items()}
+    return digest_json([type(module).__name__, parts])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        assert isinstance(values, dict)
+    except (ValueError, OSError, AssertionError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", expected="a JSON object", fix="save the checkpoint again"
+        ) from error
+    return values

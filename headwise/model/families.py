@@ -1,0 +1,173 @@
+"""One record per model family: where its attention layers are and how they store their heads.
+
+This is the only file that knows attribute names of other people's models. A pass or an exporter that needs to know
+more about a family is a reason to add a field here, never to branch on a model type elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from headwise.errors import UnsupportedModelError, did_you_mean
+from headwise.model.layout import AttentionLayout
+
+Count = Callable[[AttentionLayout], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How one architecture stores multi-head attention.
+
+    Attributes:
+        name: the family's name in reports.
+        model_types: ``config.model_type`` values of transformers that this record describes.
+        blocks: dotted path from the base model to the transformer blocks; ``*`` stands for the index.
+        attention: path from a block to its attention module.
+        query: path from the attention module to the query projection; likewise ``key``, ``value``, ``output``.
+        head_dim: path from the attention module to the width of one head.
+        fused: query, key and value are the thirds of one matrix, named by ``query``.
+        transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
+        causal: every token sees only itself and earlier tokens.
+        bookkeeping: attributes of the attention module that depend on the head counts.
+        config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
+            class derives the head width from the head count, so that it cannot express fewer heads.
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    blocks: str = ""
+    attention: str
+    query: str
+    key: str
+    value: str
+    output: str
+    head_dim: str
+    fused: bool = False
+    transposed: bool = False
+    causal: bool = False
+    bookkeeping: Mapping[str, Count] = field(default_factory=dict)
+    config: Mapping[str, Count] = field(default_factory=dict)
+
+
+def _queries(layout: AttentionLayout) -> int:
+    return len(layout.query)
+
+
+def _kvs(layout: AttentionLayout) -> int:
+    return len(layout.kv)
+
+
+def _group(layout: AttentionLayout) -> int:
+    return layout.group
+
+
+def _head_dim(layout: AttentionLayout) -> int:
+    return layout.head_dim
+
+
+def _query_width(layout: AttentionLayout) -> int:
+    return len(layout.query) * layout.head_dim
+
+
+BERT = Family(
+    name="bert",
+    model_types=("bert", "roberta"),
+    blocks="encoder.layer.*",
+    attention="attention",
+    query="self.query",
+    key="self.key",
+    value="self.value",
+    output="output.dense",
+    head_dim="self.attention_head_size",
+    bookkeeping={"self.num_attention_heads": _queries, "self.all_head_size": _query_width},
+)
+
+DISTILBERT = Family(
+    name="distilbert",
+    model_types=("distilbert",),
+    blocks="transformer.layer.*",
+    attention="attention",
+    query="q_lin",
+    key="k_lin",
+    value="v_lin",
+    output="out_lin",
+    head_dim="attention_head_size",
+    bookkeeping={"n_heads": _queries},
+)
+
+VIT = Family(
+    name="vit",
+    model_types=("vit",),
+    blocks="layers.*",
+    attention="attention",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="o_proj",
+    head_dim="head_dim",
+    bookkeeping={"num_attention_heads": _queries},
+    config={"num_attention_heads": _queries, "head_dim": _head_dim},
+)
+
+GPT2 = Family(
+    name="gpt2",
+    model_types=("gpt2",),
+    blocks="h.*",
+    attention="attn",
+    query="c_attn",
+    key="c_attn",
+    value="c_attn",
+    output="c_proj",
+    head_dim="head_dim",
+    fused=True,
+    transposed=True,
+    causal=True,
+    bookkeeping={"num_heads": _queries, "split_size": _query_width},
+)
+
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "qwen2", "qwen3", "mistral"),
+    blocks="layers.*",
+    attention="self_attn",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="o_proj",
+    head_dim="head_dim",
+    causal=True,
+    bookkeeping={"num_key_value_groups": _group},
+    config={"num_attention_heads": _queries, "num_key_value_heads": _kvs, "head_dim": _head_dim},
+)
+
+PLAIN = Family(
+    name="torch",
+    attention="",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="out_proj",
+    head_dim="head_dim",
+    bookkeeping={"num_heads": _queries},
+)
+"""Modules built on ``nn.MultiheadAttention``; its layers are found by type, whatever the modules around them."""
+
+FAMILIES: Mapping[str, Family] = {
+    model_type: family for family in (BERT, DISTILBERT, VIT, GPT2, LLAMA) for model_type in family.model_types
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The record of a transformers ``model_type``.
+
+    Raises:
+        UnsupportedModelError: there is none; the message lists those that exist.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f'model type "{model_type}" has no family record',
+            expected="one of: " + ", ".join(sorted(FAMILIES)),
+            fix=did_you_mean(model_type, FAMILIES) + "  A new family is one record: see CONTRIBUTING.md",
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,119 @@
+"""Tiny models of every family, made on the spot: no network, no files beside the repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+WIDTH, LAYERS, HEADS, KV_HEADS, VOCABULARY = 32, 3, 4, 2, 50
+
+_ENCODER = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+}
+_TEXT = {**_ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
+_DECODER = {
+    **_TEXT,
+    "num_key_value_heads": KV_HEADS,
+    # Not WIDTH / HEADS: nothing may derive the head width from the model width.
+    "head_dim": 6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+class TwoHeads(nn.Module):
+    """A plain module on nn.TransformerEncoder with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.digit = nn.Linear(WIDTH, 3)
+        self.parity = nn.Linear(WIDTH, 2)
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        summary = self.encoder(tokens).mean(dim=1)
+        return {"digit": self.digit(summary), "parity": self.parity(summary)}
+
+
+def two_heads() -> nn.Module:
+    """Factory for checkpoints of ``TwoHeads``."""
+    return TwoHeads()
+
+
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, n_positions=40
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**_TEXT)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**_TEXT)),
+    "distilbert": lambda: transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, vocab_size=VOCABULARY, max_position_embeddings=40
+        )
+    ),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_ENCODER, image_size=8, patch_size=4)),
+    "gpt2": _gpt2,
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER)),
+    "torch": two_heads,
+}
+MULTI_HEAD = {"bert", "roberta", "distilbert", "vit", "gpt2", "torch"}
+"""Families here whose query heads have a kv head each."""
+STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
+"""Families whose own config can express fewer heads of the same width."""
+
+
+def make_model(name: str, seed: int = 0) -> nn.Module:
+    """A tiny model in eval mode with weights large enough for heads to matter."""
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1 or key.endswith("bias"):
+                parameter.normal_(0, 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def make_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two rows; where there is a mask, the second row is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
+    if name == "torch":
+        return {"tokens": torch.randn(2, 5, WIDTH, generator=generator)}
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    return {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "attention_mask": mask}
+
+
+def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
+    """Over all outputs; the two must have the same ones."""
+    assert left.keys() == right.keys()
+    assert left
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+@pytest.fixture(params=list(MODELS))
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of every family in turn."""
+    name: Any = request.param
+    return str(name)
