@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: a test never waits for a network
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 

@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,24 +116,40 @@ def load_checkpoint(ref: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing usable is there, or a weight is NaN or infinite.
     """
-    source = str(ref)
+    with _without_progress_bars():
+        found = _find(str(ref))
+    found.module.eval().requires_grad_(False)
+    _refuse_broken_weights(found.module, found.source)
+    return found
+
+
+def _find(source: str) -> Checkpoint:
     folder = Path(source)
     if folder.is_dir():
-        found = _load_folder(folder, source)
-    elif ":" in source:
-        found = _load_factory(source)
-    elif folder.exists():
+        return _load_folder(folder, source)
+    if ":" in source:
+        return _load_factory(source)
+    if folder.exists():
         raise CheckpointError(
             f"{source} is a file",
             expected="a checkpoint directory, a hub id, or module:factory",
             fix="name the directory that holds config.json or headwise.json",
         )
-    else:
-        found = Checkpoint(module=_from_pretrained(source), source=source, kind="transformers", digest="")
-        found.digest = _digest_module(found.module)
-    found.module.eval().requires_grad_(False)
-    _refuse_broken_weights(found.module, source)
-    return found
+    module = _from_pretrained(source)
+    return Checkpoint(module=module, source=source, kind="transformers", digest=_digest_module(module))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file, over the bars of the pipeline."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
@@ -176,7 +193,8 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
             for name, count in family.config.items():
                 setattr(config, name, count(next(iter(layout))))
         # The original format renames weights in a way that only the stock loader undoes.
-        module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+        with _without_progress_bars():
+            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
     finally:
         module.config = original
     if checkpoint.folder is not None:

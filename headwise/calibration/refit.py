@@ -1,0 +1,165 @@
+"""Closed-form refit of an output projection: the recovery that needs no training.
+
+After heads were removed or merged, the best output projection for what is left is a ridge regression of the untouched
+layer's output on the head outputs that the edited layer has. Layers are solved in the order in which they run, and the
+target includes what earlier layers got wrong, so that errors do not add up.
+
+Shape letters: D model width, N query heads, H head_dim; F = N * H features, plus one constant where there is a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from headwise.calibration.tasks import Examples
+from headwise.errors import DataError
+from headwise.model.forward import run, to_torch
+from headwise.model.view import AttentionView, ModelView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFit:
+    """The solution for one layer.
+
+    Attributes:
+        layer: index of the layer.
+        weight: (D, N, H).
+        bias: (D,), or None where the layer has none.
+        before: squared error on the calibration tokens relative to the target's energy, with the old weights.
+        after: the same with the new ones; never larger.
+    """
+
+    layer: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    before: float
+    after: float
+
+
+class _Stop(Exception):
+    """Ends a forward pass behind the layer that is being solved."""
+
+
+def fit_output(
+    student: ModelView,
+    teacher: ModelView,
+    layer: int,
+    examples: Examples,
+    *,
+    ridge: float = 1.0,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> OutputFit:
+    """Solve ``argmin ||O W - Y||^2 + lam ||W - W_0||^2`` for one layer, in float64 over valid tokens.
+
+    ``O`` are the student's head outputs with a constant column, ``W_0`` its present weights, ``lam`` is ``ridge`` times
+    the mean diagonal of ``O^T O``; the constant is not penalised. ``Y`` is the teacher's layer output plus the
+    difference between the two residual streams.
+
+    Args:
+        student: the edited model; layers before ``layer`` are final.
+        teacher: the untouched model.
+        layer: which layer to solve.
+        examples: calibration samples; at least as many tokens as features are needed.
+        ridge: strength of the pull towards the present weights; weak values overfit the calibration text.
+        batch_size: samples per batch.
+        progress: called with the number of samples of every finished batch.
+
+    Raises:
+        DataError: fewer calibration tokens than features.
+    """
+    ours, theirs = student.attention[layer], teacher.attention[layer]
+    old = ours.read()
+    weight = old.output.flatten(1).T.double()
+    if old.output_bias is not None:
+        weight = torch.cat([weight, old.output_bias.double()[None]])
+    features, width = weight.shape
+    gram = torch.zeros(features, features, dtype=torch.float64)
+    cross = torch.zeros(features, width, dtype=torch.float64)
+    energy, tokens = 0.0, 0
+    for batch in examples.batches(batch_size):
+        inputs = to_torch(batch.inputs)
+        heads, _, residual = _observe(student, ours, inputs)
+        _, target, original = _observe(teacher, theirs, inputs)
+        if ours.residual and residual.shape == target.shape:
+            target = target + original - residual
+        valid = batch.valid()
+        keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
+        o = _tokens(heads.flatten(2), keep)
+        if old.output_bias is not None:
+            o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
+        y = _tokens(target, keep)
+        gram += o.T @ o
+        cross += o.T @ y
+        energy += float(y.square().sum())
+        tokens += len(o)
+        if progress is not None:
+            progress(len(batch.samples))
+    if tokens < features:
+        raise DataError(
+            f"{tokens} calibration tokens for {features} features of layer {layer}",
+            expected=f"at least {features}, better ten times as many",
+            fix="raise calibration.samples, or set refit: false",
+        )
+    solved = _solve(gram, cross, weight, ridge, constant=old.output_bias is not None)
+    new_weight = solved[: old.output.shape[1] * old.output.shape[2]].T.unflatten(1, old.output.shape[1:])
+    return OutputFit(
+        layer=layer,
+        weight=new_weight.to(old.output.dtype),
+        bias=None if old.output_bias is None else solved[-1].to(old.output.dtype),
+        before=_error(gram, cross, energy, weight),
+        after=_error(gram, cross, energy, solved),
+    )
+
+
+def _solve(
+    gram: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float, *, constant: bool
+) -> torch.Tensor:
+    penalty = torch.full((len(gram),), 1.0, dtype=torch.float64)
+    if constant:
+        penalty[-1] = 0.0
+    # Scaled by the features alone: the constant column says nothing about the size of head outputs.
+    penalty *= ridge * gram.diagonal()[penalty > 0].mean()
+    left = gram + torch.diag(penalty)
+    right = cross + penalty[:, None] * weight
+    return torch.linalg.lstsq(left, right, driver="gelsd").solution
+
+
+def _error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch.Tensor) -> float:
+    """||O W - Y||^2 / ||Y||^2 from the accumulated products."""
+    squared = (weight * (gram @ weight)).sum() - 2 * (weight * cross).sum() + energy
+    return max(float(squared), 0.0) / max(energy, 1e-300)
+
+
+def _observe(
+    model: ModelView, layer: AttentionView, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Head outputs, layer output and residual stream of one layer; nothing behind it is computed."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def output(tensor: torch.Tensor) -> None:
+        seen["output"] = tensor
+        raise _Stop
+
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(layer.watch_residual(lambda tensor: seen.__setitem__("residual", tensor)))
+        stack.enter_context(layer.watch_heads(lambda tensor: seen.__setitem__("heads", tensor)))
+        stack.enter_context(layer.watch_output(output))
+        try:
+            run(model.module, inputs)
+        except _Stop:
+            return seen["heads"], seen["output"], seen["residual"]
+    raise DataError(
+        f"layer {layer.index} ({layer.path}) did not run",
+        expected="an attention layer that every sample passes through",
+        fix="exclude the layer, or feed the inputs that reach it",
+    )
+
+
+def _tokens(tensor: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, ...) -> (valid tokens, ...) in float64."""
+    return (tensor.flatten(0, 1) if keep is None else tensor[keep]).double()

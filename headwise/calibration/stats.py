@@ -1,0 +1,176 @@
+"""Statistics of the attention heads, all of them collected in one run over the calibration data.
+
+Shape letters: B batch rows, T tokens, D model width, N query heads of a layer, H head_dim, M heads of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from headwise.calibration.tasks import Batch, Examples, Task
+from headwise.errors import DataError
+from headwise.model.forward import run, to_torch
+from headwise.model.view import AttentionView, ModelView
+
+Progress = Callable[[int], None]
+
+
+class Stat(StrEnum):
+    """What can be measured about heads; passes name the ones that they need."""
+
+    CONTRIBUTION = "contribution"
+    """Per layer (N,): mean over tokens of the L1 norm of the head's part of the layer output (arXiv 2504.21174)."""
+
+    HEAD_MEAN = "head-mean"
+    """Per layer (N, H): mean head output over tokens."""
+
+    LOSS_GRADIENT = "loss-gradient"
+    """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
+
+    GAUSS_NEWTON = "gauss-newton"
+    """One (M, M) matrix E[J^T J], J = d signal / d gates, by Hutchinson draws; needs no labels."""
+
+
+GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadStats:
+    """Statistics over one set of samples.
+
+    Attributes:
+        values: statistic -> one tensor per layer (``GAUSS_NEWTON``: one tensor in all).
+        samples: number of samples.
+        digest: digest of the data that they were collected on.
+    """
+
+    values: Mapping[Stat, tuple[torch.Tensor, ...]]
+    samples: int
+    digest: str
+
+    def __getitem__(self, stat: Stat) -> tuple[torch.Tensor, ...]:
+        return self.values[stat]
+
+
+def collect(
+    view: ModelView,
+    task: Task,
+    examples: Examples,
+    needs: Collection[Stat],
+    *,
+    batch_size: int = 32,
+    draws: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> HeadStats:
+    """Run the model once over ``examples`` and keep what ``needs`` asks for.
+
+    Args:
+        view: the model; its weights are not changed.
+        task: reads the model's outputs; gives the loss and the label-free signal.
+        examples: calibration samples.
+        needs: the statistics to collect.
+        batch_size: samples per batch; results do not depend on it beyond rounding.
+        draws: random projections of the signal per sample for ``GAUSS_NEWTON``.
+        seed: seed of these projections.
+        progress: called with the number of samples of every finished batch.
+
+    Raises:
+        DataError: a statistic is not finite on these data.
+    """
+    sums = _Sums(view, frozenset(needs), draws, seed)
+    for batch in examples.batches(batch_size):
+        sums.add(task, examples, batch)
+        if progress is not None:
+            progress(len(batch.samples))
+    return sums.result(len(examples), examples.digest)
+
+
+class _Sums:
+    """Running sums of the requested statistics over batches."""
+
+    def __init__(self, view: ModelView, needs: frozenset[Stat], draws: int, seed: int) -> None:
+        self.view = view
+        self.needs = needs
+        self.draws = draws
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = [0] * len(view.attention)
+        self.contribution = [torch.zeros(len(v.layout.query), dtype=torch.float64) for v in view.attention]
+        self.mean = [torch.zeros(len(v.layout.query), v.layout.head_dim, dtype=torch.float64) for v in view.attention]
+        self.gradients: list[torch.Tensor] = []
+        heads = sum(len(v.layout.query) for v in view.attention)
+        self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
+        self.weights = [v.read().output for v in view.attention]
+
+    def add(self, task: Task, examples: Examples, batch: Batch) -> None:
+        inputs = to_torch(batch.inputs)
+        valid = batch.valid()
+        mask = None if valid is None else torch.as_tensor(valid)
+        with_gradient = bool(self.needs & GRADIENTS)
+        rows = len(batch.samples) * batch.per_sample
+        gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
+        with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
+            for layer in self.view.attention:
+                stack.enter_context(self._watched(layer, mask))
+                if with_gradient:
+                    stack.enter_context(layer.gate(gates[layer.index]))
+            outputs = run(self.view.module, inputs)
+            if Stat.LOSS_GRADIENT in self.needs:
+                loss = task.loss(outputs, batch, examples).sum()
+                per_row = self._gate_gradient(loss, gates)
+                self.gradients.append(per_row.unflatten(0, (-1, batch.per_sample)).sum(1))
+            if Stat.GAUSS_NEWTON in self.needs:
+                self._add_gauss_newton(task.signal(outputs, batch), gates)
+
+    @contextmanager
+    def _watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
+        def see(heads: torch.Tensor) -> None:
+            tokens = heads.detach()[mask] if mask is not None and mask.shape == heads.shape[:2] else heads.detach().flatten(0, 1)
+            self.tokens[layer.index] += len(tokens)
+            if Stat.HEAD_MEAN in self.needs:
+                self.mean[layer.index] += tokens.double().sum(0)
+            if Stat.CONTRIBUTION in self.needs:
+                # Head by head: all heads at once would hold N copies of the layer output.
+                weight = self.weights[layer.index]
+                norms = [(tokens[:, n] @ weight[:, n].T).abs().sum().double() for n in range(tokens.shape[1])]
+                self.contribution[layer.index] += torch.stack(norms)
+
+        with layer.watch_heads(see):
+            yield
+
+    def _gate_gradient(self, value: torch.Tensor, gates: list[torch.Tensor]) -> torch.Tensor:
+        """d value / d gates as (rows, M). Rows do not mix in the model, so each row's gradient is its own."""
+        gradients = torch.autograd.grad(value, gates, retain_graph=True)
+        return torch.cat(gradients, dim=1).double()
+
+    def _add_gauss_newton(self, signal: torch.Tensor, gates: list[torch.Tensor]) -> None:
+        for _ in range(self.draws):
+            projection = torch.randn(signal.shape, generator=self.generator, dtype=signal.dtype)
+            gradient = self._gate_gradient((signal * projection).sum(), gates)
+            self.gauss_newton += gradient.T @ gradient / self.draws
+
+    def result(self, samples: int, digest: str) -> HeadStats:
+        every: dict[Stat, tuple[torch.Tensor, ...]] = {}
+        if Stat.CONTRIBUTION in self.needs:
+            every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
+        if Stat.HEAD_MEAN in self.needs:
+            every[Stat.HEAD_MEAN] = tuple(s / n for s, n in zip(self.mean, self.tokens, strict=True))
+        if Stat.LOSS_GRADIENT in self.needs:
+            counts = [len(v.layout.query) for v in self.view.attention]
+            every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
+        if Stat.GAUSS_NEWTON in self.needs:
+            every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
+        for stat, tensors in every.items():
+            for layer, tensor in enumerate(tensors):
+                if not torch.isfinite(tensor).all():
+                    raise DataError(
+                        f"the statistic {stat} of layer {layer} is not finite",
+                        expected="finite head outputs on every calibration sample",
+                        fix="look for broken samples in the calibration data, or for a model that overflows",
+                    )
+        return HeadStats(values=every, samples=samples, digest=digest)

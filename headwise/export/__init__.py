@@ -1,0 +1,1 @@
+"""Model -> ONNX -> precision -> engine, and a runner for each of them."""

@@ -1,0 +1,271 @@
+"""ONNX -> TensorRT engine, with ``tensorrt_rtx`` or ``tensorrt``, and the builder's own list of what it made."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from headwise.artifacts import storage_error, write_atomic
+from headwise.errors import EngineError, ExportError, MachineError, MissingDependencyError
+from headwise.export.cuda import gpu
+from headwise.export.listing import ListingSummary, read_listing
+from headwise.export.precision import ExportSpec, Range
+from headwise.export.targets import FULL, RTX, Target
+
+__all__ = ["EngineInfo", "build_engine", "engine_runtime", "gpu", "load_runtime", "profiles_for"]
+
+Profiles = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+_MODULES = {RTX: "tensorrt_rtx", FULL: "tensorrt"}
+_LONGEST = 512
+_HINTS = (
+    ("Option mask cannot be used together", "give Attention the mask only, with the causal part in it"),
+    ("Cannot compile for target", "the target lacks a type of this graph: choose another precision or target"),
+    ("OutOfMemory", "raise export.workspace_mb, or lower the largest batch and sequence"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """One engine.
+
+    Attributes:
+        target: the device, as the recipe says it.
+        sm: its compute capability.
+        runtime: ``tensorrt-rtx`` or ``tensorrt``.
+        version: of that package.
+        bytes: of the file.
+        seconds: of the build, without the start of the process.
+        profiles: input -> its smallest, best and largest shape.
+        listing: None when the builder did not say.
+        weights_bytes, activation_bytes, scratch_bytes: device memory as the builder logged it; None when it did not.
+    """
+
+    target: str
+    sm: int
+    runtime: str
+    version: str
+    bytes: int
+    seconds: float
+    profiles: Profiles
+    listing: ListingSummary | None
+    weights_bytes: int | None
+    activation_bytes: int | None
+    scratch_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for the report."""
+        return asdict(self)
+
+
+def load_runtime(runtime: str) -> ModuleType:
+    """The package of a runtime.
+
+    Raises:
+        MissingDependencyError: it is not installed, or its libraries do not load.
+    """
+    try:
+        return importlib.import_module(_MODULES[runtime])
+    except ImportError as error:
+        raise _missing(runtime, str(error)) from error
+
+
+def engine_runtime(engine: Path) -> str:
+    """Which runtime an engine was built with, from the file that the build left beside it.
+
+    Raises:
+        ExportError: that file is not there.
+    """
+    try:
+        return str(json.loads(_sidecar(engine).read_text())["runtime"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"{_sidecar(engine).name} beside the engine is missing or damaged",
+            expected="the file that the build wrote with the engine",
+            fix="copy both files, or name the runtime: tensorrt-rtx or tensorrt",
+        ) from error
+
+
+def profiles_for(
+    onnx_path: Path, spec: ExportSpec, limits: Mapping[str, int] | None = None
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes that an engine has to take, from the dynamic axes of the graph.
+
+    Args:
+        onnx_path: a graph; axis 0 of an input is the batch, every other dynamic axis a sequence.
+        spec: the ranges of both.
+        limits: ``batch`` or ``sequence`` -> the largest size that the model takes (its position embeddings).
+
+    Returns:
+        Input -> ``min``, ``opt`` and ``max`` shape; inputs without a dynamic axis are left out.
+
+    Raises:
+        ExportError: the recipe asks for more than the limit.
+    """
+    limits = limits or {}
+    longest = limits.get("sequence", _LONGEST)
+    sequence = spec.sequence or Range(min=1, opt=min(128, longest), max=longest)
+    ranges = {"batch": spec.batch, "sequence": sequence}
+    for axis, wanted in ranges.items():
+        if wanted.max > limits.get(axis, wanted.max):
+            raise ExportError(
+                f"export.{axis}.max is {wanted.max}",
+                expected=f"at most {limits[axis]}, the largest {axis} that the model takes",
+                fix=f"lower export.{axis}.max",
+            )
+    profiles = {}
+    for name, dims in _inputs(onnx_path).items():
+        if not all(isinstance(dim, int) for dim in dims):
+            profiles[name] = {
+                kind: tuple(
+                    dim if isinstance(dim, int) else int(getattr(ranges["sequence" if axis else "batch"], kind))
+                    for axis, dim in enumerate(dims)
+                )
+                for kind in ("min", "opt", "max")
+            }
+    return profiles
+
+
+def build_engine(
+    onnx_path: Path, out: Path, target: Target, *, profiles: Profiles, workspace_mb: int | None = None
+) -> EngineInfo:
+    """Build an engine in a child process and read back what the builder made.
+
+    Args:
+        onnx_path: a graph in the precision that the engine shall have.
+        out: the engine; a JSON file with the returned record is written beside it.
+        target: with ``tensorrt-rtx`` no GPU is needed; ``tensorrt`` builds on a GPU of the target's capability only.
+        profiles: see :func:`profiles_for`.
+        workspace_mb: limit of the scratch memory in MiB.
+
+    Raises:
+        MissingDependencyError: the package of the runtime is not installed.
+        MachineError: ``tensorrt`` without a GPU of the target's capability.
+        EngineError: the parser or the builder refused, or its process died.
+        StorageError: the engine cannot be written.
+    """
+    _check_machine(target)
+    _check_profiles(onnx_path, profiles)
+    job = {
+        "module": _MODULES[target.runtime],
+        "onnx": str(onnx_path.resolve()),
+        "out": str(out.resolve()),
+        "sm": target.sm,
+        "profiles": profiles,
+        "workspace_mb": workspace_mb,
+    }
+    result = _run_worker(job)
+    if "errno" in result:
+        raise storage_error(OSError(result["errno"], os.strerror(result["errno"])), out)
+    if "error" in result:
+        raise _refused(result["error"], onnx_path, target)
+    listing = result.get("listing")
+    info = EngineInfo(
+        target=target.name,
+        sm=target.sm,
+        runtime=target.runtime,
+        version=result["version"],
+        bytes=result["bytes"],
+        seconds=result["seconds"],
+        profiles=profiles,
+        listing=read_listing(listing) if listing else None,
+        weights_bytes=result.get("weights_bytes"),
+        activation_bytes=result.get("activation_bytes"),
+        scratch_bytes=result.get("scratch_bytes"),
+    )
+    write_atomic(_sidecar(out), json.dumps(info.to_json(), indent=2))
+    return info
+
+
+def _inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {
+        value.name: tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or "?")
+            for dim in value.type.tensor_type.shape.dim
+        )
+        for value in graph.input
+    }
+
+
+def _sidecar(engine: Path) -> Path:
+    return engine.with_name(f"{engine.name}.json")
+
+
+def _missing(runtime: str, reason: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{_MODULES[runtime]} cannot be imported: {reason}",
+        expected=f"the package of the runtime {runtime}",
+        fix=f"pip install {_MODULES[runtime]}",
+    )
+
+
+def _check_profiles(onnx_path: Path, profiles: Profiles) -> None:
+    open_inputs = {n for n, dims in _inputs(onnx_path).items() if not all(isinstance(dim, int) for dim in dims)}
+    if open_inputs != set(profiles):
+        raise EngineError(
+            f"profiles for {', '.join(sorted(profiles)) or 'no input'}",
+            expected="one for every input with a dynamic axis: " + (", ".join(sorted(open_inputs)) or "none"),
+            fix="take them from profiles_for",
+        )
+
+
+def _check_machine(target: Target) -> None:
+    if importlib.util.find_spec(_MODULES[target.runtime]) is None:
+        raise _missing(target.runtime, "no such package")
+    if target.runtime != FULL:
+        return
+    here = gpu()
+    if here is None or here.sm != target.sm:
+        raise MachineError(
+            f"no GPU of sm{target.sm}" if here is None else f"{here.name} is sm{here.sm}, not sm{target.sm}",
+            expected=f"the device itself: tensorrt builds engines only for the GPU that it runs on ({target.name})",
+            fix="run this step on the device; the ONNX graph of this run is all that it needs",
+        )
+
+
+def _refused(reason: str, graph: Path, target: Target) -> EngineError:
+    hint = next((fix for text, fix in _HINTS if text in reason), "change the node that is named above")
+    return EngineError(
+        f"the engine builder refused {graph.name} for {target.name}: {' '.join(reason.split())}",
+        expected="a graph that TensorRT can build",
+        fix=hint,
+    )
+
+
+def _run_worker(job: Mapping[str, Any]) -> dict[str, Any]:
+    package_root = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result_file, log_file = (Path(folder, name) for name in ("job.json", "result.json", "log.txt"))
+        job_file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "headwise.export.engine_worker", str(job_file), str(result_file)]
+        with log_file.open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": search})
+            try:
+                code = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        if result_file.exists():
+            result: dict[str, Any] = json.loads(result_file.read_text())
+            return result
+        last = (log_file.read_text(errors="replace").strip().splitlines() or ["nothing on its error output"])[-1]
+        raise EngineError(
+            f"the builder's process ended with {f'signal {-code}' if code < 0 else f'code {code}'}: {last}",
+            expected="an engine or a reason",
+            fix="signal 9 is usually too little memory; signal 11 is a graph that the builder does not survive",
+        )
