@@ -1,0 +1,11 @@
+"""Passes: view + numbers -> edit plan. One file per method; a pass decides and never touches a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headwise.passes.base import Pass
+from headwise.passes.prune_heads import PruneHeads
+
+PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads,)}
+"""The only registry: name in a recipe -> pass."""

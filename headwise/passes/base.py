@@ -1,0 +1,246 @@
+"""What a pass is, and the one way to run it: requires, statistics, plan, check, surgery, ensures, recovery, record."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from headwise.calibration.refit import fit_output
+from headwise.calibration.stats import HeadStats, Stat, collect
+from headwise.calibration.tasks import Examples, Task
+from headwise.errors import SurgeryError
+from headwise.model import surgery
+from headwise.model.forward import run, to_torch
+from headwise.model.layout import EditPlan, Layout
+from headwise.model.view import ModelView
+from headwise.spec import Spec
+from headwise.tolerances import TWIN
+
+Progress = Callable[[str, int], None]
+"""Called with what is being done and how many calibration samples of it just finished."""
+
+
+class Pass(Spec):
+    """A compression idea. Its fields are the options that a recipe can set.
+
+    A subclass says what it needs and makes a plan; it never touches a tensor of the model and never runs it.
+    """
+
+    name: ClassVar[str]
+    """As written in a recipe."""
+    summary: ClassVar[str]
+    """One line for ``headwise passes``."""
+    paper: ClassVar[str] = ""
+    """arXiv id of the method."""
+
+    @abstractmethod
+    def needs(self) -> frozenset[Stat]:
+        """The statistics that ``plan`` reads."""
+
+    @abstractmethod
+    def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
+        """Decide. The same view, options and statistics give the same plan; nothing is changed.
+
+        Raises:
+            PlanError: the options cannot be met on this model.
+        """
+
+    def recovery(self) -> Recovery | None:
+        """What to repair in closed form after the edits."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """Closed-form repair after surgery.
+
+    Attributes:
+        fold_mean: add the mean output of removed heads to the output bias, where the layer has one.
+        refit: refit output projections from the first edited layer on.
+        ridge: see ``calibration.refit``.
+    """
+
+    fold_mean: bool
+    refit: bool
+    ridge: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRecord:
+    """What a pass did, for the report.
+
+    Attributes:
+        twin_error: largest difference between the edited model and its exact twin, relative to the largest output.
+        refit: per refitted layer, the relative squared error on the calibration tokens before and after.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    plan: EditPlan
+    before: Layout
+    after: Layout
+    stats_digest: str
+    twin_error: float
+    refit: tuple[Mapping[str, float], ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "options": dict(self.options),
+            "plan": self.plan.to_json(),
+            "before": [entry.to_json() for entry in self.before],
+            "after": [entry.to_json() for entry in self.after],
+            "stats_digest": self.stats_digest,
+            "twin_error": self.twin_error,
+            "refit": [dict(fit) for fit in self.refit],
+            "seconds": self.seconds,
+        }
+
+
+def make_plan(
+    pass_: Pass, view: ModelView, task: Task, examples: Examples, *, seed: int = 0, progress: Progress | None = None
+) -> tuple[EditPlan, HeadStats]:
+    """Collect what the pass needs and let it decide. Changes nothing."""
+    recovery = pass_.recovery()
+    needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
+    report = None if progress is None else lambda samples: progress("statistics", samples)
+    stats = collect(view, task, examples, needs, seed=seed, progress=report)
+    plan = pass_.plan(view, stats)
+    plan.check(view.layout)
+    return plan, stats
+
+
+def run_pass(
+    pass_: Pass,
+    view: ModelView,
+    teacher: ModelView,
+    task: Task,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PassRecord:
+    """Apply a pass to ``view`` in place.
+
+    Args:
+        pass_: the pass with its options.
+        view: the model to edit.
+        teacher: the untouched model, for the refit.
+        task: how to feed the model and read it.
+        examples: calibration samples.
+        seed: seed of every random draw.
+        progress: see ``Progress``.
+
+    Raises:
+        PlanError: the plan cannot be made; the model is unchanged.
+        SurgeryError: the edit is not exact; the model must not be used.
+    """
+    start = time.perf_counter()
+    before = view.layout
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, progress=progress)
+    inputs = to_torch(examples.example_batch())
+    twin = _twin_outputs(view, plan, inputs)
+    folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
+    bystanders = _versions(view)
+    surgery.apply(view, plan)
+    twin_error = _require_exact(view, twin, inputs)
+    fits: list[Mapping[str, float]] = []
+    recovery = pass_.recovery()
+    if recovery is not None and plan.edits:
+        if recovery.fold_mean:
+            _fold(view, folded)
+        if recovery.refit:
+            fits = _refit(view, teacher, plan, recovery.ridge, examples, progress)
+    if _versions(view) != bystanders:
+        raise SurgeryError(
+            "a weight outside the attention layers changed",
+            expected="only attention projections to change",
+            fix="this is a bug in headwise; please report it with the recipe",
+        )
+    return PassRecord(
+        name=pass_.name,
+        options=pass_.model_dump(mode="json"),
+        plan=plan,
+        before=before,
+        after=view.layout,
+        stats_digest=stats.digest,
+        twin_error=twin_error,
+        refit=tuple(fits),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _twin_outputs(view: ModelView, plan: EditPlan, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs of the unedited model with the gates of all heads that will be removed at zero."""
+    with ExitStack() as stack, torch.inference_mode():
+        for layer in view.attention:
+            gone = {head for edit in plan.edits if edit.layer == layer.index for head in edit.query}
+            gates = torch.tensor([0.0 if head in gone else 1.0 for head in layer.layout.query])
+            stack.enter_context(layer.gate(gates))
+        return run(view.module, inputs)
+
+
+def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> float:
+    with torch.inference_mode():
+        outputs = run(view.module, inputs)
+    worst = 0.0
+    for name, expected in twin.items():
+        scale = max(float(expected.abs().max()), 1e-6)
+        worst = max(worst, float((outputs[name] - expected).abs().max()) / scale)
+    if not worst <= TWIN:
+        raise SurgeryError(
+            f"the edited model differs from its exact twin by {worst:.2g} of the largest output",
+            expected=f"at most {TWIN:g}",
+            fix="this is a bug in headwise; please report it with the model type and the recipe",
+        )
+    return worst
+
+
+def _versions(view: ModelView) -> dict[str, tuple[int, int]]:
+    """Identity and write count of every parameter outside attention: any change to one shows."""
+    paths = tuple(f"{layer.path}." for layer in view.attention)
+    return {
+        name: (id(parameter), parameter._version)
+        for name, parameter in view.module.named_parameters()
+        if not name.startswith(paths)
+    }
+
+
+def _mean_of_removed(view: ModelView, plan: EditPlan, stats: HeadStats) -> dict[int, torch.Tensor]:
+    """Layer -> (D,) what its removed heads add to the residual stream on average."""
+    folded: dict[int, torch.Tensor] = {}
+    for edit in plan.edits:
+        layer = view.attention[edit.layer]
+        heads = [layer.layout.query.index(head) for head in edit.query]
+        weight = layer.read().output[:, heads].double()
+        mean = stats[Stat.HEAD_MEAN][edit.layer][heads]
+        folded[edit.layer] = torch.einsum("dnh,nh->d", weight, mean)
+    return folded
+
+
+def _fold(view: ModelView, folded: Mapping[int, torch.Tensor]) -> None:
+    for index, delta in folded.items():
+        layer = view.attention[index]
+        weights = layer.read()
+        if weights.output_bias is not None:
+            surgery.set_output(layer, weights.output, (weights.output_bias.double() + delta).to(delta.dtype))
+
+
+def _refit(
+    view: ModelView, teacher: ModelView, plan: EditPlan, ridge: float, examples: Examples, progress: Progress | None
+) -> list[Mapping[str, float]]:
+    first = min(edit.layer for edit in plan.edits)
+    fits: list[Mapping[str, float]] = []
+    for layer in view.attention[first:]:
+        report = None if progress is None else lambda samples: progress("refit", samples)
+        fit = fit_output(view, teacher, layer.index, examples, ridge=ridge, progress=report)
+        surgery.set_output(layer, fit.weight, fit.bias)
+        fits.append({"layer": layer.index, "before": fit.before, "after": fit.after})
+    return fits

@@ -1,0 +1,202 @@
+"""The contract of every pass on every family: it plans the same thing twice, lands where it said, and is exact."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import HEADS, LAYERS, MODELS, make_inputs, make_model
+from pydantic import ValidationError
+from test_stats import classifier_examples, language_examples
+
+from headwise.calibration.tasks import Examples, Task, make_task
+from headwise.calibration.tasks.fidelity import FidelityOptions
+from headwise.errors import PlanError, SurgeryError
+from headwise.model import surgery
+from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.view import ModelView
+from headwise.passes import PASSES
+from headwise.passes.base import Pass, make_plan, run_pass
+from headwise.passes.prune_heads import PruneHeads
+from headwise.tolerances import TWIN
+
+OPTIONS = {"prune-heads": {"ratio": 0.5}}
+"""Options for passes that have required ones."""
+
+
+def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
+    """Enough tokens for a refit on every family."""
+    if family == "torch":
+        return classifier_examples(view.module, 30)
+    if family in ("gpt2", "llama", "qwen2", "qwen3", "mistral"):
+        task, examples = language_examples(view)
+        return task, Examples.of(examples.rows * 8, source="made up", padding=examples.padding)
+    rows = [{n: t[0].numpy() for n, t in make_inputs(family, seed).items()} for seed in range(20)]
+    task = make_task(FidelityOptions.model_validate({"type": "fidelity", "data": {"path": "unused.npz"}}))
+    return task, Examples.of(rows, source="made up", padding={"input_ids": 0, "attention_mask": 0})
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_contract(name: str, family: str) -> None:
+    view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
+    task, examples = samples(view, family)
+    pass_: Pass = PASSES[name].model_validate(OPTIONS[name])
+    first, _ = make_plan(pass_, view, task, examples)
+    second, _ = make_plan(pass_, view, task, examples)
+    assert first == second
+    assert first.edits
+    assert EditPlan.from_json(json.loads(json.dumps(first.to_json()))) == first
+    assert view.layout == teacher.layout, "planning changed the model"
+
+    before = sum(p.numel() for p in view.module.parameters())
+    record = run_pass(pass_, view, teacher, task, examples)
+    assert record.plan == first
+    assert record.after == first.predict(record.before) == view.layout
+    assert record.twin_error <= TWIN
+    assert all(fit["after"] <= fit["before"] for fit in record.refit)
+    assert sum(p.numel() for p in view.module.parameters()) < before
+    json.dumps(record.to_json())
+
+
+@pytest.mark.parametrize("score", ["contribution", "gauss-newton", "michel", "fisher", "weight-norm", "random"])
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_every_score_and_scope_removes_what_was_asked_for(score: str, scope: str) -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module, 30)
+    pass_ = PruneHeads.model_validate({"ratio": 0.5, "score": score, "scope": scope})
+    plan, _ = make_plan(pass_, view, task, examples)
+    after = plan.predict(view.layout)
+    assert sum(len(layer.query) for layer in after) == LAYERS * HEADS // 2
+    if scope == "layer":
+        assert {len(layer.query) for layer in after} == {HEADS // 2}
+    assert plan.scores is not None
+    assert [sorted(layer) for layer in plan.scores.layers] == [list(range(HEADS))] * LAYERS
+
+
+@pytest.mark.parametrize("score", ["contribution", "gauss-newton", "weight-norm"])
+def test_a_head_that_adds_nothing_goes_first(score: str) -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module, 30)
+    view.attention[1].read().output[:, 2] = 0.0
+    plan, _ = make_plan(PruneHeads.model_validate({"ratio": 1 / 12, "score": score}), view, task, examples)
+    assert plan.edits == (DropHeads(layer=1, query=(2,)),)
+
+
+def test_whole_kv_groups_go_under_gqa() -> None:
+    view = ModelView.of(make_model("llama"))
+    task, examples = samples(view, "llama")
+    plan, _ = make_plan(PruneHeads(ratio=1 / 3), view, task, examples)
+    assert sum(len(edit.query) for edit in plan.edits) == 4
+    for edit in plan.edits:
+        assert edit.query in view.layout[edit.layer].units()
+
+
+def test_the_mean_is_folded_only_where_there_is_a_bias() -> None:
+    for family, has_bias in (("torch", True), ("llama", False)):
+        view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
+        task, examples = samples(view, family)
+        run_pass(PruneHeads(ratio=0.34, refit=False), view, teacher, task, examples)
+        edited = [v.index for v, t in zip(view.attention, teacher.attention, strict=True) if v.layout != t.layout]
+        for index in edited:
+            ours, theirs = view.attention[index].read().output_bias, teacher.attention[index].read().output_bias
+            assert (ours is not None) == has_bias
+            if ours is not None and theirs is not None:
+                assert not torch.allclose(ours, theirs)
+
+
+def test_folding_the_mean_keeps_the_average_layer_output() -> None:
+    view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
+    task, examples = samples(view, "torch")
+    run_pass(PruneHeads(ratio=1 / 12, refit=False), view, teacher, task, examples)
+    index = next(v.index for v, t in zip(view.attention, teacher.attention, strict=True) if v.layout != t.layout)
+    means = []
+    for model in (view, teacher):
+        seen: list[torch.Tensor] = []
+        with model.attention[index].watch_output(lambda t, seen=seen: seen.append(t)), torch.no_grad():
+            for batch in examples.batches(32):
+                model.module(torch.as_tensor(batch.inputs["tokens"]))
+        means.append(torch.cat(seen).mean((0, 1)))
+    assert torch.allclose(*means, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scope", "message"), [("model", "11 of 12 query heads should go"), ("layer", "should go")])
+def test_a_ratio_that_would_empty_a_layer_is_refused(scope: str, message: str) -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module)
+    with pytest.raises(PlanError, match=message):
+        make_plan(PruneHeads.model_validate({"ratio": 0.95, "scope": scope}), view, task, examples)
+
+
+def test_a_ratio_that_removes_nothing_is_refused() -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module)
+    with pytest.raises(PlanError, match=r"ratio 0.01 of 12 query heads removes nothing"):
+        make_plan(PruneHeads(ratio=0.01), view, task, examples)
+
+
+def test_ratio_zero_changes_nothing() -> None:
+    view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
+    task, examples = classifier_examples(view.module)
+    record = run_pass(PruneHeads(ratio=0.0), view, teacher, task, examples)
+    assert record.before == record.after
+    assert record.refit == ()
+    for name, parameter in view.module.named_parameters():
+        assert torch.equal(parameter, teacher.module.get_parameter(name))
+
+
+def test_min_heads_is_kept() -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module)
+    plan, _ = make_plan(PruneHeads(ratio=0.5, min_heads=2), view, task, examples)
+    assert {len(layer.query) for layer in plan.predict(view.layout)} == {2}
+
+
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": -0.1}, {"ratio": 0.5, "ridge": 0}, {"ratio": 0.5, "min_heads": 0}])
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        PruneHeads.model_validate(options)
+
+
+def test_a_normalized_matrix_is_refused() -> None:
+    with pytest.raises(ValidationError, match="gauss-newton decides on a matrix"):
+        PruneHeads(ratio=0.5, score="gauss-newton", normalize=True)
+
+
+def test_scores_from_labels_say_what_to_do_without_labels() -> None:
+    view = ModelView.of(make_model("torch"))
+    task, examples = classifier_examples(view.module)
+    unlabelled = Examples.of(examples.rows, source="x", facts=examples.facts)
+    with pytest.raises(PlanError, match="no labels"):
+        make_plan(PruneHeads(ratio=0.5, score="fisher"), view, task, unlabelled)
+
+
+def test_surgery_that_is_not_exact_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break surgery on purpose: keep the wrong output columns."""
+    view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
+    task, examples = classifier_examples(view.module)
+    right = surgery.drop_heads
+
+    def wrong(layer: object, edit: DropHeads) -> None:
+        right(layer, edit)  # type: ignore[arg-type]
+        layer.read().output.neg_()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(surgery, "drop_heads", wrong)
+    with pytest.raises(SurgeryError, match="differs from its exact twin"):
+        run_pass(PruneHeads(ratio=0.5), view, teacher, task, examples)
+
+
+def test_a_touched_bystander_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
+    task, examples = classifier_examples(view.module, 30)
+    right = surgery.set_output
+
+    def wrong(layer: object, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        right(layer, weight, bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            view.module.get_parameter("digit.weight").add_(1e-6)
+
+    monkeypatch.setattr(surgery, "set_output", wrong)
+    with pytest.raises(SurgeryError, match="outside the attention layers"):
+        run_pass(PruneHeads(ratio=0.5), view, teacher, task, examples)
