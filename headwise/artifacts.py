@@ -73,7 +73,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -96,7 +96,7 @@ def building(folder: Path) -> Iterator[Path]:
         yield temporary
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     except OSError as error:
         raise storage_error(error, folder) from error
     finally:

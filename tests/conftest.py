@@ -57,7 +57,13 @@ def two_heads() -> nn.Module:
 
 def _gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, n_positions=40
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=2,
+        n_positions=40,
     )
     return transformers.GPT2LMHeadModel(config)
 

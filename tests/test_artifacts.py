@@ -56,9 +56,14 @@ def test_damage_is_seen(tmp_path: Path) -> None:
 
 def test_a_failed_build_leaves_the_old_folder_and_no_rubbish(tmp_path: Path) -> None:
     make(tmp_path / "stage", "old")
-    with pytest.raises(RuntimeError, match="half way"), building(tmp_path / "stage") as temporary:
-        (temporary / "file.txt").write_text("new")
-        raise RuntimeError("half way")
+
+    def half_way() -> None:
+        with building(tmp_path / "stage") as temporary:
+            (temporary / "file.txt").write_text("new")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half_way()
     assert (tmp_path / "stage" / "file.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["stage"]
 

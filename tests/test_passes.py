@@ -153,7 +153,9 @@ def test_min_heads_is_kept() -> None:
     assert {len(layer.query) for layer in plan.predict(view.layout)} == {2}
 
 
-@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": -0.1}, {"ratio": 0.5, "ridge": 0}, {"ratio": 0.5, "min_heads": 0}])
+@pytest.mark.parametrize(
+    "options", [{"ratio": 1.0}, {"ratio": -0.1}, {"ratio": 0.5, "ridge": 0}, {"ratio": 0.5, "min_heads": 0}]
+)
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         PruneHeads.model_validate(options)

@@ -126,7 +126,8 @@ def _solve(
     penalty *= ridge * gram.diagonal()[penalty > 0].mean()
     left = gram + torch.diag(penalty)
     right = cross + penalty[:, None] * weight
-    return torch.linalg.lstsq(left, right, driver="gelsd").solution
+    solution: torch.Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
+    return solution
 
 
 def _error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch.Tensor) -> float:

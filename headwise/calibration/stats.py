@@ -130,7 +130,11 @@ class _Sums:
     @contextmanager
     def _watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
         def see(heads: torch.Tensor) -> None:
-            tokens = heads.detach()[mask] if mask is not None and mask.shape == heads.shape[:2] else heads.detach().flatten(0, 1)
+            tokens = (
+                heads.detach()[mask]
+                if mask is not None and mask.shape == heads.shape[:2]
+                else heads.detach().flatten(0, 1)
+            )
             self.tokens[layer.index] += len(tokens)
             if Stat.HEAD_MEAN in self.needs:
                 self.mean[layer.index] += tokens.double().sum(0)

@@ -223,7 +223,7 @@ def _export_transformers(
     module: Any, inputs: dict[str, torch.Tensor], shapes: dict[str, dict[int, Any]], names: list[str], opset: int
 ) -> ir.Model:
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
-    exporter: Any = OnnxExporter()  # type: ignore[no-untyped-call]
+    exporter: Any = OnnxExporter()
     program: ir.Model = exporter.export(module, inputs, config=config).program
     return program
 

@@ -229,7 +229,8 @@ class EngineRunner:
             raise MachineError(
                 "no GPU", expected="a GPU of the engine's target", fix="run this on the device that it was built for"
             )
-        self.device, self.threads, self._ignore = found.name, None, ignore
+        self.device, self._ignore = found.name, ignore
+        self.threads: int | None = None
         self._trt: Any = load_runtime(runtime or engine_runtime(path))
         self._memory = DeviceMemory()
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))

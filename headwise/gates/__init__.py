@@ -1,0 +1,1 @@
+"""Gates: runners and samples -> measurements -> verdicts, and what a model costs."""

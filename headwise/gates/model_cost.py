@@ -68,4 +68,5 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     Shapes (B, N, T, H), (B, K, S, H) and (B, K, S, H): every query head multiplies with all keys and values.
     """
     batch, heads, tokens, width = query
-    return 2 * prod((batch, heads, tokens, key[2])) * (width + value[3])
+    pairs: int = prod((batch, heads, tokens, key[2]))
+    return 2 * pairs * int(width + value[3])

@@ -1,0 +1,1 @@
+"""Model: a checkpoint as attention layers that can be read, gated, watched and edited."""

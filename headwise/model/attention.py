@@ -82,7 +82,8 @@ class MultiHeadAttention(nn.Module):
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, T, N * H) -> (B, N, T, H)."""
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        batch, tokens, _ = projected.shape
+        return projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
     def _mask(
         self, q: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None

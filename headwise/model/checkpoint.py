@@ -8,13 +8,8 @@ plain ``AutoModel.from_pretrained`` loads the directory as well.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,15 @@ from headwise.errors import CheckpointError, DataError
 from headwise.model import surgery
 from headwise.model.forward import input_names
 from headwise.model.layout import AttentionLayout, Layout, uniform
+from headwise.model.sources import (
+    call_factory,
+    constructor_arguments,
+    fresh,
+    fresh_class,
+    from_pretrained,
+    refuse_broken_weights,
+    without_progress_bars,
+)
 from headwise.model.view import ModelView
 
 SIDECAR = "headwise.json"
@@ -116,10 +120,10 @@ def load_checkpoint(ref: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing usable is there, or a weight is NaN or infinite.
     """
-    with _without_progress_bars():
+    with without_progress_bars():
         found = _find(str(ref))
     found.module.eval().requires_grad_(False)
-    _refuse_broken_weights(found.module, found.source)
+    refuse_broken_weights(found.module, found.source)
     return found
 
 
@@ -135,21 +139,8 @@ def _find(source: str) -> Checkpoint:
             expected="a checkpoint directory, a hub id, or module:factory",
             fix="name the directory that holds config.json or headwise.json",
         )
-    module = _from_pretrained(source)
+    module = from_pretrained(source)
     return Checkpoint(module=module, source=source, kind="transformers", digest=_digest_module(module))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file, over the bars of the pipeline."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
 
 
 def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
@@ -169,6 +160,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.kind == "transformers":
             sidecar["stock"] = _save_transformers(checkpoint, view, folder)
+            sidecar["arguments"] = constructor_arguments(checkpoint.module)
             if not sidecar["stock"] and view.family.config:
                 # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
                 sidecar["per_layer_config"] = _per_layer_config(view)
@@ -183,7 +175,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
 def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
     module, layout, family = checkpoint.module, view.layout, view.family
-    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(_fresh(module)).attention]
+    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
     unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
     stock = unchanged or (uniform(layout) and bool(family.config))
     config = module.config
@@ -193,7 +185,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
             for name, count in family.config.items():
                 setattr(config, name, count(next(iter(layout))))
         # The original format renames weights in a way that only the stock loader undoes.
-        with _without_progress_bars():
+        with without_progress_bars():
             module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
     finally:
         module.config = original
@@ -215,7 +207,11 @@ def _copy_companions(source: Path, folder: Path) -> None:
     weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
     for path in source.rglob("*"):
         relative = path.relative_to(source)
-        skip = path.suffix in weights or path.name.endswith(".index.json") or any(p.startswith(".") for p in relative.parts)
+        skip = (
+            path.suffix in weights
+            or path.name.endswith(".index.json")
+            or any(p.startswith(".") for p in relative.parts)
+        )
         if path.is_file() and not skip and not (folder / relative).exists():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
@@ -231,14 +227,18 @@ def _load_folder(folder: Path, source: str) -> Checkpoint:
                 fix="name the directory that save_pretrained wrote, or use module:factory for a plain module",
             )
         return Checkpoint(
-            module=_from_pretrained(source), source=source, kind="transformers", digest=_digest_folder(folder), folder=folder
+            module=from_pretrained(source),
+            source=source,
+            kind="transformers",
+            digest=_digest_folder(folder),
+            folder=folder,
         )
     layout = tuple(AttentionLayout.from_json(entry) for entry in sidecar["layout"])
     factory = sidecar.get("factory")
     if sidecar["kind"] == "transformers":
-        module = _from_pretrained(source) if sidecar["stock"] else _rebuild(folder, layout)
+        module = from_pretrained(source) if sidecar["stock"] else _rebuild(folder, layout, sidecar.get("arguments", {}))
     else:
-        module = _call_factory(factory)
+        module = call_factory(factory)
         _load_weights(module, layout, folder)
     return Checkpoint(
         module=module,
@@ -251,13 +251,14 @@ def _load_folder(folder: Path, source: str) -> Checkpoint:
     )
 
 
-def _rebuild(folder: Path, layout: Layout) -> nn.Module:
+def _rebuild(folder: Path, layout: Layout, arguments: dict[str, bool]) -> nn.Module:
     """A transformers model whose layers have other shapes than its config says."""
     values = _read_json(folder / "config.json")
     config = transformers.AutoConfig.for_model(**values)
-    module = _fresh_class(config)(config)
+    module: nn.Module = fresh_class(config)(config, **arguments)
     _load_weights(module, layout, folder)
-    module.tie_weights()
+    tie: Any = module.tie_weights
+    tie()
     return module
 
 
@@ -283,97 +284,20 @@ def _tied_names(module: nn.Module) -> set[str]:
     return set(getattr(module, "all_tied_weights_keys", None) or {})
 
 
-def _from_pretrained(source: str) -> nn.Module:
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        cls = _fresh_class(config)
-        module, info = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
-        if missing and all(name.startswith("pooler.") for name in missing):
-            # Sentence encoders are often saved without the pooler; a random one must not become an output.
-            module, info = cls.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, add_pooling_layer=False
-            )
-            missing = sorted(info["missing_keys"])
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise CheckpointError(
-            f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}",
-            expected="a checkpoint directory, a hub id that transformers can load, or module:factory",
-            fix="check the name; a hub id needs the network or a filled cache",
-        ) from error
-    if missing:
-        raise CheckpointError(
-            f"{source} has no weights for {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''}",
-            expected="a trained weight for every parameter of " + type(module).__name__,
-            fix="use the checkpoint of the fine-tuned model: headwise does not measure randomly initialised heads",
-        )
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def _fresh_class(config: Any) -> Any:
-    """The class that the checkpoint was saved from; the bare backbone where the config does not say."""
-    names = getattr(config, "architectures", None) or []
-    return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
-
-
-def _fresh(module: nn.Module) -> nn.Module:
-    """The stock model of the module's config, on the meta device: shapes without weights."""
-    with torch.device("meta"):
-        return type(module)(copy.deepcopy(module.config))
-
-
 def _load_factory(source: str) -> Checkpoint:
-    module = _call_factory(source)
+    module = call_factory(source)
     return Checkpoint(module=module, source=source, kind="module", digest=_digest_module(module), factory=source)
 
 
-def _call_factory(source: str | None) -> nn.Module:
-    name, _, attribute = (source or "").partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory: Callable[[], Any] = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} cannot be imported: {error}",
-            expected="module:factory, where factory() returns an nn.Module with its weights",
-            fix="run from the folder that holds the module, or install it",
-        ) from error
-    try:
-        module = factory()
-    except Exception as error:  # somebody else's code
-        raise CheckpointError(
-            f"{source}() failed: {type(error).__name__}: {error}",
-            expected="a factory without arguments that returns an nn.Module with its weights",
-            fix="call it in a Python shell to see the full traceback",
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise CheckpointError(
-            f"{source}() returned {type(module).__name__}",
-            expected="an nn.Module with its weights",
-            fix="return the model itself from the factory",
-        )
-    return module.float()
-
-
-def _refuse_broken_weights(module: nn.Module, source: str) -> None:
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{source}: {name} holds NaN or infinite values",
-                expected="finite weights",
-                fix="use a checkpoint from before the training diverged",
-            )
-
-
-def _tensors(module: nn.Module) -> Mapping[str, torch.Tensor]:
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with every shared tensor stored once more, which safetensors asks for."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _digest_folder(folder: Path) -> str:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".safetensors", ".bin", ".json", ".txt"})
+    files = sorted(
+        p for p in folder.rglob("*") if p.is_file() and p.suffix in {".safetensors", ".bin", ".json", ".txt"}
+    )
     return digest_json({p.relative_to(folder).as_posix(): digest_file(p) for p in files})
 
 

@@ -7,7 +7,8 @@ more about a family is a reason to add a field here, never to branch on a model 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from headwise.errors import UnsupportedModelError, did_you_mean
 from headwise.model.layout import AttentionLayout
@@ -30,6 +31,7 @@ class Family:
         transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
         causal: every token sees only itself and earlier tokens.
         bookkeeping: attributes of the attention module that depend on the head counts.
+        padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
             class derives the head width from the head count, so that it cannot express fewer heads.
     """
@@ -46,6 +48,7 @@ class Family:
     fused: bool = False
     transposed: bool = False
     causal: bool = False
+    padding_positions: bool = False
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
 
@@ -72,7 +75,7 @@ def _query_width(layout: AttentionLayout) -> int:
 
 BERT = Family(
     name="bert",
-    model_types=("bert", "roberta"),
+    model_types=("bert",),
     blocks="encoder.layer.*",
     attention="attention",
     query="self.query",
@@ -82,6 +85,8 @@ BERT = Family(
     head_dim="self.attention_head_size",
     bookkeeping={"self.num_attention_heads": _queries, "self.all_head_size": _query_width},
 )
+
+ROBERTA = replace(BERT, name="roberta", model_types=("roberta",), padding_positions=True)
 
 DISTILBERT = Family(
     name="distilbert",
@@ -154,8 +159,16 @@ PLAIN = Family(
 """Modules built on ``nn.MultiheadAttention``; its layers are found by type, whatever the modules around them."""
 
 FAMILIES: Mapping[str, Family] = {
-    model_type: family for family in (BERT, DISTILBERT, VIT, GPT2, LLAMA) for model_type in family.model_types
+    model_type: family for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA) for model_type in family.model_types
 }
+
+
+def longest_sequence(family: Family, config: Any) -> int | None:
+    """How many tokens a model can take, or None where its config sets no limit."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    return longest - config.pad_token_id - 1 if family.padding_positions else longest
 
 
 def family_of(model_type: str) -> Family:

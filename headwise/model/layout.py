@@ -38,7 +38,7 @@ class AttentionLayout:
         return 2 * len(self.kv) * self.head_dim
 
     def units(self) -> tuple[tuple[int, ...], ...]:
-        """The smallest sets of query heads that can be removed: single heads (MHA) or all readers of a kv head (GQA)."""
+        """The smallest sets of query heads that can go: single heads (MHA) or all readers of a kv head (GQA)."""
         size = self.group
         return tuple(self.query[start : start + size] for start in range(0, len(self.query), size))
 
@@ -94,7 +94,7 @@ class DropHeads:
             raise PlanError(
                 f"layer {self.layer} would keep 0 of {len(layout.query)} query heads",
                 expected="at least 1 head in every layer",
-                fix='lower the ratio, or set scope: layer so that every layer gives the same share',
+                fix="lower the ratio, or set scope: layer so that every layer gives the same share",
             )
         gone = set(self.query)
         left = {len(set(unit) - gone) for unit in layout.units()} - {0}
@@ -133,7 +133,10 @@ class Scores:
     layers: tuple[Mapping[int, float], ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "layers": [{str(head): value for head, value in layer.items()} for layer in self.layers]}
+        return {
+            "name": self.name,
+            "layers": [{str(head): value for head, value in layer.items()} for layer in self.layers],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scores:

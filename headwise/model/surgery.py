@@ -59,6 +59,7 @@ def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | N
     """Replace the output projection.
 
     Args:
+        view: the layer.
         weight: (D, N, H).
         bias: (D,), or None where the layer has none.
     """
@@ -112,10 +113,11 @@ def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Ten
     module: nn.Module = attribute(view.module, path)
     out_features, in_features = weight.shape
     stored = weight.T if view.family.transposed else weight
-    old = module.weight
-    module.weight = nn.Parameter(stored.to(old.dtype).contiguous().clone(), requires_grad=old.requires_grad)
+    old = module.get_parameter("weight")
+    trained = old.requires_grad
+    module.register_parameter("weight", nn.Parameter(stored.to(old.dtype).contiguous().clone(), trained))
     if bias is not None:
-        module.bias = nn.Parameter(bias.to(old.dtype).clone(), requires_grad=old.requires_grad)
+        module.register_parameter("bias", nn.Parameter(bias.to(old.dtype).clone(), trained))
     sizes = {"out_features": out_features, "in_features": in_features, "nf": out_features, "nx": in_features}
     for name, size in sizes.items():
         if hasattr(module, name):

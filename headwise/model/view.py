@@ -70,7 +70,11 @@ class AttentionView:
         head_dim = int(attribute(self.module, self.family.head_dim))
         output = self._matrix(self.output)[0]
         queries = output.shape[1] // head_dim
-        kvs = queries if self.family.fused else self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
+        kvs = (
+            queries
+            if self.family.fused
+            else self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
+        )
         return AttentionLayout(query=tuple(range(queries)), kv=tuple(range(kvs)), head_dim=head_dim)
 
     @property
@@ -82,9 +86,9 @@ class AttentionView:
 
     def _matrix(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight as (out, in), and bias."""
-        weight, bias = module.weight.detach(), module.bias  # type: ignore[union-attr]
-        weight = weight.T if self.family.transposed else weight
-        return weight, None if bias is None else bias.detach()
+        bias = module.bias
+        weight = module.get_parameter("weight").detach()
+        return weight.T if self.family.transposed else weight, bias.detach() if isinstance(bias, nn.Parameter) else None
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
@@ -260,14 +264,16 @@ def _find_by_path(module: nn.Module, family: Family) -> list[tuple[str, nn.Modul
 def _find_by_type(module: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     """The same for every ``nn.MultiheadAttention`` of a plain module; its block is the module that holds it."""
     unpack_attention(module)
-    found = []
+    found: list[tuple[str, nn.Module, nn.Module]] = []
     for name, child in module.named_modules():
         if isinstance(child, MultiHeadAttention):
             found.append((name, child, attribute(module, name.rpartition(".")[0])))
     if not found:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no attention layer that headwise knows",
-            expected="a transformers model of type " + ", ".join(sorted(FAMILIES)) + ", or nn.MultiheadAttention inside",
+            expected="a transformers model of type "
+            + ", ".join(sorted(FAMILIES))
+            + ", or nn.MultiheadAttention inside",
             fix="build the model on nn.MultiheadAttention, or add a family record (CONTRIBUTING.md)",
         )
     return found

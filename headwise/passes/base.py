@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -105,13 +106,20 @@ class PassRecord:
 
 
 def make_plan(
-    pass_: Pass, view: ModelView, task: Task, examples: Examples, *, seed: int = 0, progress: Progress | None = None
+    pass_: Pass,
+    view: ModelView,
+    task: Task,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
     recovery = pass_.recovery()
     needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
-    report = None if progress is None else lambda samples: progress("statistics", samples)
-    stats = collect(view, task, examples, needs, seed=seed, progress=report)
+    report = None if progress is None else partial(progress, "statistics")
+    stats = collect(view, task, examples, needs, batch_size=batch_size, seed=seed, progress=report)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -125,6 +133,7 @@ def run_pass(
     examples: Examples,
     *,
     seed: int = 0,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> PassRecord:
     """Apply a pass to ``view`` in place.
@@ -136,6 +145,7 @@ def run_pass(
         task: how to feed the model and read it.
         examples: calibration samples.
         seed: seed of every random draw.
+        batch_size: calibration samples per batch.
         progress: see ``Progress``.
 
     Raises:
@@ -144,7 +154,7 @@ def run_pass(
     """
     start = time.perf_counter()
     before = view.layout
-    plan, stats = make_plan(pass_, view, task, examples, seed=seed, progress=progress)
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
     inputs = to_torch(examples.example_batch())
     twin = _twin_outputs(view, plan, inputs)
     folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
@@ -157,7 +167,7 @@ def run_pass(
         if recovery.fold_mean:
             _fold(view, folded)
         if recovery.refit:
-            fits = _refit(view, teacher, plan, recovery.ridge, examples, progress)
+            fits = _refit(view, teacher, plan, recovery.ridge, examples, batch_size, progress)
     if _versions(view) != bystanders:
         raise SurgeryError(
             "a weight outside the attention layers changed",
@@ -234,13 +244,20 @@ def _fold(view: ModelView, folded: Mapping[int, torch.Tensor]) -> None:
 
 
 def _refit(
-    view: ModelView, teacher: ModelView, plan: EditPlan, ridge: float, examples: Examples, progress: Progress | None
+    view: ModelView,
+    teacher: ModelView,
+    plan: EditPlan,
+    ridge: float,
+    examples: Examples,
+    batch_size: int,
+    progress: Progress | None,
 ) -> list[Mapping[str, float]]:
     first = min(edit.layer for edit in plan.edits)
     fits: list[Mapping[str, float]] = []
     for layer in view.attention[first:]:
-        report = None if progress is None else lambda samples: progress("refit", samples)
-        fit = fit_output(view, teacher, layer.index, examples, ridge=ridge, progress=report)
+        step = f"refit of layer {layer.index}"
+        report = None if progress is None else partial(progress, step)
+        fit = fit_output(view, teacher, layer.index, examples, ridge=ridge, batch_size=batch_size, progress=report)
         surgery.set_output(layer, fit.weight, fit.bias)
         fits.append({"layer": layer.index, "before": fit.before, "after": fit.after})
     return fits

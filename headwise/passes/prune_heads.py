@@ -38,8 +38,8 @@ class PruneHeads(Pass):
     ratio: float = Field(ge=0, lt=1)
     """Share of all query heads to remove, from 0 to below 1."""
     score: Score = "contribution"
-    """How important a head is: ``contribution`` through the output projection, ``gauss-newton`` (label-free, knows which
-    heads replace each other), ``michel`` or ``fisher`` (need labels), ``weight-norm`` (needs no data), ``random``."""
+    """How important a head is: ``contribution`` through the output projection, ``gauss-newton`` (label-free, knows
+    which heads replace each other), ``michel`` or ``fisher`` (need labels), ``weight-norm`` (no data), ``random``."""
     scope: Literal["model", "layer"] = "model"
     """Rank all heads of the model together, or remove the same share in every layer."""
     normalize: bool = False

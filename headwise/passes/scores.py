@@ -23,7 +23,8 @@ def weight_norm(weights: Projections) -> torch.Tensor:
     """
     values = weights.value.repeat_interleave(weights.output.shape[1] // weights.value.shape[0], dim=0)
     product = torch.einsum("onh,nhi->noi", weights.output.double(), values.double())
-    return product.flatten(1).norm(dim=1)
+    norms: torch.Tensor = torch.linalg.matrix_norm(product)
+    return norms
 
 
 def michel(gradients: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,8 @@ def fisher(gradients: torch.Tensor) -> torch.Tensor:
 
 def per_layer_normalized(scores: torch.Tensor) -> torch.Tensor:
     """Scores of one layer divided by their L2 norm, as Michel et al. do before ranking across layers."""
-    return scores / scores.norm().clamp_min(1e-12)
+    length: torch.Tensor = torch.linalg.vector_norm(scores)
+    return scores / length.clamp_min(1e-12)
 
 
 def unit_matrix(matrix: torch.Tensor, units: list[list[int]]) -> torch.Tensor:

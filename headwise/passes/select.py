@@ -1,4 +1,4 @@
-"""Choose what goes under a budget: by independent costs, or by a matrix that knows how units stand in for each other."""
+"""Choose what goes under a budget: by independent costs, or by a matrix that knows which units replace each other."""
 
 from __future__ import annotations
 

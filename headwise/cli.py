@@ -1,0 +1,206 @@
+"""The command line: parse, call, print, set the exit code. Decisions are made elsewhere.
+
+Heavy modules are imported inside the commands, so that ``headwise --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_CODES = """
+\b
+Exit codes: 0 passed, 1 a gate said no, 2 bad recipe or input, 3 a stage failed,
+4 this machine cannot do it (missing package, no GPU), 130 interrupted.
+"""
+
+CHECKPOINT_HELP = """
+CHECKPOINT is a directory (of transformers, or written by headwise), a hub id, or module:factory for a plain PyTorch
+model.
+"""
+
+
+def _errors_to_exit_codes(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Print a headwise error without a traceback and end with its exit code; 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        from headwise.errors import HeadwiseError
+
+        try:
+            sys.exit(command(*args, **kwargs) or 0)
+        except HeadwiseError as error:
+            click.secho(f"error: {error}", err=True, fg="red")
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+    return wrapped
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
+@click.version_option(package_name="headwise", prog_name="headwise")
+def main() -> None:
+    """Make a trained multi-head transformer smaller and faster, and measure every step against the untouched model."""
+
+
+@main.command(epilog=EXIT_CODES)
+@click.option("--out", default="headwise-demo", show_default=True, help="Folder for the model, its data and the run.")
+@_errors_to_exit_codes
+def demo(out: str) -> int:
+    """Train a small two-headed vision transformer and compress it, from digits to a TensorRT engine.
+
+    Takes about two minutes on two CPU cores and needs no download. Copy DIR/recipe.yaml as a start for your own.
+    """
+    from headwise.demo.run import run_demo
+    from headwise.pipeline.monitor import RichMonitor
+    from headwise.pipeline.report import terminal
+
+    console = _console()
+    run = run_demo(Path(out), RichMonitor(console))
+    console.print(terminal(run.report))
+    console.print(f"Everything is in {run.folder.parent}: start from recipe.yaml, read {run.folder / 'report.html'}")
+    return run.exit_code
+
+
+@main.command(epilog=CHECKPOINT_HELP)
+@click.argument("checkpoint")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--sequence", default=128, show_default=True, help="Tokens to count multiply-accumulates for.")
+@_errors_to_exit_codes
+def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
+    """Show the attention layers of a checkpoint and what the model costs."""
+    from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
+
+    found = inspect_checkpoint(checkpoint, sequence)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _console().print(inspection_table(found))
+
+
+@main.command(epilog=CHECKPOINT_HELP)
+@click.argument("checkpoint")
+@click.option("--recipe", required=True, help="YAML recipe.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: passes.0.ratio=0.25")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_errors_to_exit_codes
+def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what the passes of a recipe would remove, and why. Changes nothing."""
+    from headwise.pipeline.planning import plan_passes, plan_table
+
+    plans = plan_passes(checkpoint, recipe, overrides)
+    if as_json:
+        click.echo(json.dumps(plans, indent=2))
+    else:
+        _console().print(plan_table(plans))
+
+
+@main.command(epilog=CHECKPOINT_HELP + EXIT_CODES)
+@click.argument("checkpoint")
+@click.option("--recipe", required=True, help="YAML recipe; `headwise schema` prints what it may hold.")
+@click.option("--out", required=True, help="Folder for the stages and the report.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: passes.0.ratio=0.25")
+@click.option("--no-resume", is_flag=True, help="Make every stage again, also finished ones.")
+@click.option("--dry-run", is_flag=True, help="Check recipe, checkpoint, data and targets, print the recipe, and stop.")
+@click.option("--require-engine-run", is_flag=True, help="Exit 4 when an engine cannot be run on this machine.")
+@_errors_to_exit_codes
+def compress(
+    checkpoint: str,
+    recipe: str,
+    out: str,
+    overrides: tuple[str, ...],
+    no_resume: bool,
+    dry_run: bool,
+    require_engine_run: bool,
+) -> int:
+    """Run a recipe on a checkpoint: passes, ONNX, precision, engines, with a gate after each."""
+    from headwise.pipeline.monitor import RichMonitor
+    from headwise.pipeline.report import terminal
+    from headwise.pipeline.run import check, compress
+
+    console = _console()
+    if dry_run:
+        click.echo(check(checkpoint, recipe, overrides=overrides))
+        return 0
+    run = compress(
+        checkpoint,
+        recipe,
+        out,
+        overrides=overrides,
+        resume=not no_resume,
+        require_engine_run=require_engine_run,
+        monitor=RichMonitor(console),
+    )
+    console.print(terminal(run.report))
+    console.print(f"Report: {run.folder / 'report.html'}")
+    return run.exit_code
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("artifact")
+@click.option("--recipe", required=True, help="YAML recipe; its task says how to measure.")
+@click.option("--reference", help="The untouched checkpoint: adds fidelity and the gate's verdicts, feeds graphs.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: gate.max_drop=0.5")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_errors_to_exit_codes
+def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
+    """Measure one artifact with the recipe's task: a checkpoint, a model.onnx or an engine.
+
+    A graph or an engine from a run knows its checkpoint; name it with --reference otherwise.
+    """
+    from headwise.pipeline.evaluation import evaluate_artifact, evaluation_table
+
+    found = evaluate_artifact(artifact, recipe, reference=reference, overrides=overrides)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _console().print(evaluation_table(found))
+    return int(found["exit_code"])
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--html", "form", flag_value="html", help="Print the HTML page.")
+@click.option("--markdown", "form", flag_value="markdown", help="Print Markdown.")
+@click.option("--junit", "form", flag_value="junit", help="Print JUnit XML.")
+@_errors_to_exit_codes
+def report(directory: Path, form: str | None) -> None:
+    """Show the report of a run again. DIRECTORY is the --out of `headwise compress`."""
+    from headwise.pipeline import report as reports
+    from headwise.pipeline.report_html import html
+
+    found = reports.read_report(directory)
+    if form is None:
+        _console().print(reports.terminal(found))
+    else:
+        click.echo({"html": html, "markdown": reports.markdown, "junit": reports.junit}[form](found))
+
+
+@main.command()
+def passes() -> None:
+    """List the passes that a recipe can use, with their options."""
+    from headwise.pipeline.catalogue import passes_table
+
+    _console().print(passes_table())
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe."""
+    from headwise.pipeline.recipe import Recipe
+
+    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,1 @@
+"""What ``headwise demo`` runs: a small model with two outputs, its training, and the recipe to copy."""

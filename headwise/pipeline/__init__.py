@@ -1,0 +1,1 @@
+"""Pipeline: everything in order, from a recipe to a report."""

@@ -1,0 +1,143 @@
+"""Measures what a stage made against the untouched model, and asks the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from headwise.export.runners import OrtRunner, Runner, TorchRunner
+from headwise.gates.cost import latency
+from headwise.gates.judge import judge_all, not_run
+from headwise.gates.measure import Measurement, Predictions, load_measurements, measure, predict, save_measurements
+from headwise.gates.model_cost import model_cost
+from headwise.model.checkpoint import Checkpoint
+from headwise.model.forward import to_torch
+from headwise.pipeline.monitor import Monitor
+from headwise.pipeline.results import Results, StageEntry
+from headwise.pipeline.shapes import one_row, sequence_limit
+from headwise.pipeline.store import Store, versions
+from headwise.pipeline.workspace import Workspace
+
+Cost = Callable[[], dict[str, Any]]
+_PREDICTIONS, _SAMPLES = "predictions.npz", "samples.npz"
+
+
+class Gatekeeper:
+    """Holds the untouched model's predictions; every stage is compared with these, on the same samples."""
+
+    def __init__(self, workspace: Workspace, results: Results, store: Store, monitor: Monitor) -> None:
+        self.workspace = workspace
+        self.results = results
+        self.store = store
+        self.monitor = monitor
+        self.reference = Predictions(values={})
+        self.reference_digest = ""
+
+    def measure_reference(self, entry: StageEntry) -> Sequence[Measurement]:
+        """Predict with the untouched model; compared with itself, it shows whether the data can judge at all."""
+        checkpoint = self.workspace.checkpoint
+
+        def make(folder: Path) -> dict[str, Any]:
+            with TorchRunner(checkpoint.module) as runner:
+                self._predict(runner).save(folder / _PREDICTIONS)
+            return {"cost": self.model_cost(checkpoint)}
+
+        key = {**self._data_key(), "checkpoint": checkpoint.digest, **versions("torch")}
+        stored, why = self.store.get(f"{entry.folder}.measured", "measure", key, make)
+        entry.made(why)
+        self.reference = Predictions.load(stored.path / _PREDICTIONS)
+        self.reference_digest = stored.digest
+        entry.cost.update(stored.info["cost"])
+        found = measure(self.workspace.task, self.workspace.examples, self.reference, self.reference)
+        entry.add_metrics(found)
+        return found
+
+    def measure(
+        self, entry: StageEntry, digest: str, runner: Callable[[], Runner], backend: str, *, cost: Cost = dict
+    ) -> Sequence[Measurement]:
+        """Per-sample results of an artifact, from disk where neither it, the data nor the reference have changed.
+
+        Args:
+            entry: the stage; gets metrics and costs.
+            digest: of the artifact.
+            runner: opens it.
+            backend: whose versions the result depends on, see ``versions``.
+            cost: measures costs in the same go.
+        """
+
+        def make(folder: Path) -> dict[str, Any]:
+            with runner() as active:
+                candidate = self._predict(active)
+            found = measure(self.workspace.task, self.workspace.examples, self.reference, candidate)
+            save_measurements(found, folder / _SAMPLES)
+            return {"cost": cost()}
+
+        key = {**self._data_key(), "artifact": digest, "reference": self.reference_digest, **versions(backend)}
+        stored, why = self.store.get(f"{entry.folder}.measured", "measure", key, make)
+        entry.made(why)
+        found = load_measurements(stored.path / _SAMPLES)
+        entry.add_metrics(found)
+        entry.cost.update(stored.info["cost"])
+        return found
+
+    def judge(self, entry: StageEntry, measurements: Sequence[Measurement], *, can_roll_back: bool) -> bool:
+        """Whether the stage's result is used; raises ``Stopped`` when the gate ends the run."""
+        self.monitor.work("gate", 0)
+        gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
+        verdicts = judge_all(measurements, gate, entry.name)
+        return self.results.decide(entry, verdicts, gate, can_roll_back=can_roll_back)
+
+    def could_not_run(self, entry: StageEntry, reason: str) -> None:
+        """A verdict that says so for every judged output: a check that did not run is never a pass."""
+        gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
+        known = measure(self.workspace.task, self.workspace.examples, self.reference, self.reference)
+        verdicts = [not_run(found, gate, entry.name, reason) for found in known if gate.judges(found)]
+        self.results.decide(entry, verdicts, gate, can_roll_back=False)
+
+    def latency(self, dense: Path, path: Path) -> dict[str, Any]:
+        """Median latency beside the untouched model's fp32 graph, in one interleaved run on one thread."""
+        self.monitor.work("latency", 0)
+        with ExitStack() as stack:
+            runners = {
+                label: stack.enter_context(OrtRunner(graph, threads=1))
+                for label, graph in (("reference", dense), ("value", path))
+            }
+            found = latency(runners, self.cost_row())
+        value, reference = found["value"], found["reference"]
+        return {
+            "median_ms": value.median_ms,
+            "p90_ms": value.p90_ms,
+            "reference_ms": reference.median_ms,
+            "ratio": value.median_ms / reference.median_ms,
+            "device": value.device,
+            "method": value.method,
+            "rounds": value.rounds,
+            "threads": value.threads,
+        }
+
+    def model_cost(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Parameters, multiply-accumulates and kv bytes of a PyTorch model, for one sample."""
+        return model_cost(checkpoint.copy().view(), to_torch(self.cost_row())).to_json()
+
+    def cost_row(self) -> dict[str, Any]:
+        """One sample, as long as engines are optimised for."""
+        sequence, examples = self.workspace.recipe.export.sequence, self.workspace.examples
+        limit = sequence_limit(self.workspace.checkpoint).get("sequence", 512)
+        length = sequence.opt if sequence else min(128, limit)
+        return one_row(examples.example_batch(), examples.dynamic_axes(), length)
+
+    def _predict(self, runner: Runner) -> Predictions:
+        examples, recipe = self.workspace.examples, self.workspace.recipe
+        advance = self.monitor.work(f"{len(examples)} samples on {runner.name}", len(examples))
+        return predict(runner, self.workspace.task, examples, batch_size=recipe.batch_size, progress=advance)
+
+    def _data_key(self) -> Mapping[str, Any]:
+        recipe = self.workspace.recipe
+        return {
+            "data": self.workspace.data_digest,
+            "task": recipe.task.model_dump(mode="json", exclude={"data"}),
+            "batch_size": recipe.batch_size,
+            "sequence": None if recipe.export.sequence is None else recipe.export.sequence.opt,
+        }

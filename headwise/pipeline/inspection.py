@@ -1,0 +1,85 @@
+"""What a checkpoint holds: heads per layer, parameters, multiply-accumulates, kv bytes per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from headwise.gates.model_cost import kv_bytes_per_token, model_cost
+from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.pipeline.shapes import sequence_limit
+
+
+def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
+    """Heads and costs of a checkpoint as plain data.
+
+    ``macs`` is None, with the reason in ``macs_note``, where the inputs cannot be made up from the config.
+    """
+    checkpoint = load_checkpoint(ref)
+    view = checkpoint.view()
+    inputs, note = _dummy_inputs(checkpoint, sequence)
+    cost = None if inputs is None else model_cost(view, inputs)
+    layers = [
+        {
+            "layer": layer.index,
+            "path": layer.path,
+            "query_heads": len(layer.layout.query),
+            "kv_heads": len(layer.layout.kv),
+            "head_dim": layer.layout.head_dim,
+            "query": list(layer.layout.query),
+            "kv": list(layer.layout.kv),
+        }
+        for layer in view.attention
+    ]
+    return {
+        "checkpoint": checkpoint.source,
+        "kind": checkpoint.kind,
+        "model_type": checkpoint.model_type,
+        "family": view.family.name,
+        "digest": checkpoint.digest,
+        "layers": layers,
+        "parameters": sum(p.numel() for p in view.module.parameters()),
+        "macs": None if cost is None else cost.macs,
+        "attention_macs": None if cost is None else cost.attention_macs,
+        "macs_note": note,
+        "kv_bytes_per_token": kv_bytes_per_token(view),
+        "kv_dtype": "float16",
+    }
+
+
+def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """One row of made-up inputs for a transformers model, and what the counts are for."""
+    config: Any = getattr(checkpoint.module, "config", None)
+    names = checkpoint.input_names()
+    if "input_ids" in names:
+        length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
+        ids = torch.ones(1, length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"one sequence of {length} tokens"
+    if "pixel_values" in names and hasattr(config, "image_size"):
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(1, channels, height, width)}, f"one {height} x {width} image"
+    return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
+
+
+def inspection_table(found: dict[str, Any]) -> RenderableType:
+    """The same for a terminal."""
+    table = Table("layer", "module", "query heads", "kv heads", "head_dim")
+    for layer in found["layers"]:
+        counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"])
+        table.add_row(str(layer["layer"]), layer["path"], *map(str, counts))
+    macs = (
+        "not counted" if found["macs"] is None else f"{found['macs']:,}, of these attention {found['attention_macs']:,}"
+    )
+    kv = f"{found['kv_bytes_per_token']:,} ({found['kv_dtype']})" if found["kv_bytes_per_token"] else "none: not causal"
+    lines = [
+        f"{found['checkpoint']}: {found['model_type']} ({found['kind']}), family {found['family']}",
+        f"parameters          {found['parameters']:,}",
+        f"MACs                {macs} ({found['macs_note']})",
+        f"KV bytes per token  {kv}",
+    ]
+    return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]))

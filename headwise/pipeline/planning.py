@@ -1,0 +1,64 @@
+"""What the passes of a recipe would do to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from headwise.model.checkpoint import load_checkpoint
+from headwise.passes.base import make_plan, run_pass
+from headwise.pipeline.recipe import load_recipe
+from headwise.pipeline.workspace import Workspace
+
+
+def plan_passes(checkpoint: str, recipe: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One entry per pass: its options, its plan with scores, and the layout before and after.
+
+    A later pass is planned on the result of the earlier ones, which are made in memory only.
+    """
+    resolved = load_recipe(recipe, overrides)
+    workspace = Workspace(load_checkpoint(checkpoint), resolved)
+    edited = workspace.checkpoint.copy().view()
+    teacher = workspace.checkpoint.copy().view()
+    plans = []
+    for index, pass_ in enumerate(resolved.passes):
+        before = edited.layout
+        plan, _ = make_plan(pass_, edited, workspace.task, workspace.calibration, seed=resolved.seed)
+        plans.append(
+            {
+                "pass": pass_.name,
+                "options": pass_.model_dump(mode="json"),
+                "plan": plan.to_json(),
+                "before": [entry.to_json() for entry in before],
+                "after": [entry.to_json() for entry in plan.predict(before)],
+            }
+        )
+        if index + 1 < len(resolved.passes):
+            run_pass(pass_, edited, teacher, workspace.task, workspace.calibration, seed=resolved.seed)
+    return plans
+
+
+def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
+    """The same for a terminal: per layer, the heads with their scores, removed ones struck out."""
+    parts: list[RenderableType] = [] if plans else [Text("the recipe has no passes")]
+    for entry in plans:
+        scores = entry["plan"]["scores"]
+        table = Table(
+            "layer", "query heads", "kv heads", f"{scores['name']} score of every head, removed ones crossed out"
+        )
+        for layer, (before, after) in enumerate(zip(entry["before"], entry["after"], strict=True)):
+            cells = Text()
+            for head in before["query"]:
+                gone = head not in after["query"]
+                cells.append(f"{head}:{scores['layers'][layer][str(head)]:.3g}", style="strike red" if gone else "")
+                cells.append("  ")
+            counts = (f"{len(before[key])} -> {len(after[key])}" for key in ("query", "kv"))
+            table.add_row(str(layer), *counts, cells)
+        removed = sum(len(edit["query"]) for edit in entry["plan"]["edits"])
+        total = sum(len(before["query"]) for before in entry["before"])
+        parts += [Text(f"{entry['pass']}: {removed} of {total} query heads would go", style="bold"), table]
+    return Group(*parts)

@@ -1,0 +1,115 @@
+"""The whole flow: checkpoint -> passes -> ONNX -> precision -> engines, with a gate after every stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from headwise.errors import HeadwiseError
+from headwise.model.checkpoint import load_checkpoint
+from headwise.pipeline.monitor import Monitor, Silent
+from headwise.pipeline.recipe import Recipe, load_recipe
+from headwise.pipeline.report import write_report
+from headwise.pipeline.results import Results, Stopped
+from headwise.pipeline.stages import Stages, check_targets, stage_names
+from headwise.pipeline.store import Store
+from headwise.pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How a run ended.
+
+    Attributes:
+        outcome: ``pass``, ``warn``, ``fail``, ``not-run``, ``error`` or ``interrupted``.
+        exit_code: 0 passed, 1 a gate said no, 2 bad recipe or input, 3 a stage failed, 4 this machine cannot do it,
+            130 interrupted.
+        reason: one line.
+        folder: where the stages and the report are.
+        report: the content of ``report.json``.
+    """
+
+    outcome: str
+    exit_code: int
+    reason: str
+    folder: Path
+    report: Mapping[str, Any]
+
+
+def compress(
+    checkpoint: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = True,
+    require_engine_run: bool = False,
+    monitor: Monitor | None = None,
+) -> Run:
+    """Compress a checkpoint as a recipe says, and judge every stage against the untouched model.
+
+    Args:
+        checkpoint: a directory, a hub id, or ``module:factory`` of a plain PyTorch model.
+        recipe: a YAML file, its content, or a validated recipe.
+        out: folder for the stages, ``report.json``, ``report.html``, ``report.md`` and ``report.xml``.
+        overrides: ``key.path=value`` changes to the recipe.
+        resume: reuse finished stages whose inputs have not changed.
+        require_engine_run: end with exit code 4 when an engine could not be run on this machine.
+        monitor: receives progress.
+
+    Returns:
+        The outcome; a failed gate is an outcome, not an exception.
+
+    Raises:
+        HeadwiseError: the recipe, the checkpoint or the data cannot be used, so that no stage began.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    folder = Path(out)
+    watcher: Monitor = monitor or Silent()
+    start = time.perf_counter()
+    try:
+        workspace = Workspace(load_checkpoint(checkpoint), resolved)
+        check_targets(resolved)
+        results = Results(workspace, folder, watcher, require_engine_run=require_engine_run)
+        stages = Stages(workspace, results, Store(folder, watcher, resume=resume), watcher)
+        _run_stages(resolved, stages, results)
+    finally:
+        watcher.close()
+    report = results.report(time.perf_counter() - start)
+    write_report(report, folder)
+    return Run(
+        outcome=report["outcome"], exit_code=report["exit_code"], reason=report["reason"], folder=folder, report=report
+    )
+
+
+def check(checkpoint: str | Path, recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> str:
+    """Everything that ``compress`` checks before the first stage, and the recipe with all defaults, as YAML.
+
+    Raises:
+        HeadwiseError: what ``compress`` would raise.
+    """
+    resolved = load_recipe(recipe, overrides)
+    workspace = Workspace(load_checkpoint(checkpoint), resolved)
+    workspace.checkpoint.copy().view()
+    check_targets(resolved)
+    return yaml.safe_dump(resolved.to_json(), sort_keys=False)
+
+
+def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:
+    """The flow. Every call ends with a gate; a gate that says stop ends the flow."""
+    results.expect(stage_names(recipe))
+    try:
+        model, dense = stages.baseline()
+        for index in range(len(recipe.passes)):
+            model = stages.apply_pass(index, model)
+        graph = stages.export(model, dense)
+        graph = stages.convert(graph)
+        for target in recipe.targets:
+            stages.build(graph, target)
+    except (Stopped, HeadwiseError, KeyboardInterrupt) as ending:
+        results.end(ending)

@@ -1,0 +1,306 @@
+"""The stages of a run. Each one makes its artifact or finds it on disk, measures it, and asks its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from headwise.artifacts import Artifact
+from headwise.errors import MachineError
+from headwise.export.cuda import gpu
+from headwise.export.onnx import to_onnx
+from headwise.export.precision import convert_precision
+from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
+from headwise.export.targets import Target, check_target, resolve_target
+from headwise.export.tensorrt import build_engine, profiles_for
+from headwise.gates.cost import graph_cost
+from headwise.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from headwise.passes.base import run_pass
+from headwise.pipeline.gatekeeper import Gatekeeper
+from headwise.pipeline.monitor import Monitor
+from headwise.pipeline.recipe import Recipe
+from headwise.pipeline.results import Results, StageEntry
+from headwise.pipeline.shapes import sequence_limit
+from headwise.pipeline.store import Make, Store, installed_version, versions
+from headwise.pipeline.workspace import Workspace
+
+GRAPH, ENGINE, MODEL = "model.onnx", "model.engine", "model"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that a stage left on disk; read when somebody needs it.
+
+    Attributes:
+        digest: digest of the artifact.
+        folder: its checkpoint directory; None for the untouched model.
+        untouched: the model that the user named.
+    """
+
+    digest: str
+    folder: Path | None
+    untouched: Checkpoint
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model. Callers that edit it take a copy."""
+        return self.untouched if self.folder is None else load_checkpoint(self.folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """An ONNX graph of the pipeline.
+
+    Attributes:
+        path: the file.
+        digest: digest of its artifact.
+        precision: of its weights and activations.
+        dense: the untouched model's fp32 graph, which latencies are compared with.
+        scopes: module paths of the attention layers, whose costs are counted apart.
+    """
+
+    path: Path
+    digest: str
+    precision: str
+    dense: Path
+    scopes: tuple[str, ...]
+
+
+def stage_names(recipe: Recipe) -> list[tuple[str, str]]:
+    """(name, kind) of every stage of a run, in order. A pass that occurs again is numbered."""
+    names = [("baseline", "baseline")]
+    for index, pass_ in enumerate(recipe.passes):
+        earlier = sum(other.name == pass_.name for other in recipe.passes[:index])
+        names.append((pass_.name + (f"-{earlier + 1}" if earlier else ""), "pass"))
+    names.append(("onnx", "onnx"))
+    if recipe.export.precision != "fp32":
+        names.append((recipe.export.precision, "precision"))
+    return names + [(f"engine-{target}".replace("/", "-"), "engine") for target in recipe.targets]
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Raise TargetError for a target that cannot do what the recipe asks of it, before any work is done."""
+    for target in recipe.targets:
+        check_target(resolve_target(target), recipe.export.precision)
+
+
+class Stages:
+    """Makes the stages of a run; ``run.py`` puts them in order."""
+
+    def __init__(self, workspace: Workspace, results: Results, store: Store, monitor: Monitor) -> None:
+        self.workspace = workspace
+        self.results = results
+        self.store = store
+        self.monitor = monitor
+        self.gatekeeper = Gatekeeper(workspace, results, store, monitor)
+
+    def baseline(self) -> tuple[StoredModel, Path]:
+        """Measure the untouched model and export it, so that costs are compared graph with graph.
+
+        Returns:
+            The model, and the path of its fp32 graph.
+        """
+        checkpoint = self.workspace.checkpoint
+        with self.results.stage("baseline") as entry:
+            key = {"checkpoint": checkpoint.digest, **self._export_key()}
+            artifact = self._artifact(entry, key, lambda folder: self._export(checkpoint, folder))
+            measurements = self.gatekeeper.measure_reference(entry)
+            entry.cost.update(artifact.info["graph"])
+            self.gatekeeper.judge(entry, measurements, can_roll_back=False)
+        return StoredModel(checkpoint.digest, None, checkpoint), artifact.path / GRAPH
+
+    def apply_pass(self, index: int, model: StoredModel) -> StoredModel:
+        """Run one pass on a copy of the model; after a rollback the model goes on as it was."""
+        recipe = self.workspace.recipe
+        pass_ = recipe.passes[index]
+        with self.results.stage(stage_names(recipe)[1 + index][0]) as entry:
+            key = {
+                "parent": model.digest,
+                "pass": pass_.name,
+                "options": pass_.model_dump(mode="json"),
+                "calibration": self.workspace.calibration_digest,
+                "task": recipe.task.model_dump(mode="json", exclude={"data"}),
+                "seed": recipe.seed,
+                "batch_size": recipe.batch_size,
+                "checkpoint": self.workspace.checkpoint.digest,
+                **versions("torch"),
+            }
+            artifact = self._artifact(entry, key, lambda folder: self._apply(index, model, folder))
+            entry.record = dict(artifact.info["record"])
+            edited = StoredModel(artifact.digest, artifact.path / MODEL, self.workspace.checkpoint)
+            measurements = self.gatekeeper.measure(
+                entry,
+                artifact.digest,
+                lambda: TorchRunner(edited.checkpoint.module),
+                "torch",
+                cost=lambda: self.gatekeeper.model_cost(edited.checkpoint),
+            )
+            entry.cost["file_bytes"] = sum(path.stat().st_size for path in artifact.path.rglob("*.safetensors"))
+            used = self.gatekeeper.judge(entry, measurements, can_roll_back=True)
+        return edited if used else model
+
+    def export(self, model: StoredModel, dense: Path) -> Graph:
+        """Export to ONNX; the graph has to give what the module gives, at several shapes."""
+        with self.results.stage("onnx") as entry:
+            key = {"parent": model.digest, **self._export_key()}
+            artifact = self._artifact(entry, key, lambda folder: self._export(model.checkpoint, folder))
+            entry.record = {"parity": artifact.info["parity"], "nodes": artifact.info["nodes"]}
+            graph = Graph(
+                path=artifact.path / GRAPH,
+                digest=artifact.digest,
+                precision="fp32",
+                dense=dense,
+                scopes=tuple(artifact.info["scopes"]),
+            )
+            self._judge_graph(entry, artifact, graph, can_roll_back=False)
+        return graph
+
+    def convert(self, graph: Graph) -> Graph:
+        """Write the graph in the recipe's precision; after a rollback the engines are built from fp32."""
+        spec = self.workspace.recipe.export
+        if spec.precision == graph.precision:
+            return graph
+        with self.results.stage(spec.precision) as entry:
+            key = {"parent": graph.digest, "precision": spec.precision, "keep_io": spec.keep_io, **versions("onnx")}
+            artifact = self._artifact(entry, key, lambda folder: self._convert(graph, folder))
+            path = artifact.path / GRAPH
+            converted = replace(graph, path=path, digest=artifact.digest, precision=spec.precision)
+            used = self._judge_graph(entry, artifact, converted, can_roll_back=True)
+        return converted if used else graph
+
+    def build(self, graph: Graph, name: str) -> None:
+        """Build the engine for one target, and run it through the task where its GPU is."""
+        target, spec = resolve_target(name), self.workspace.recipe.export
+        with self.results.stage(f"engine-{name}".replace("/", "-")) as entry:
+            check_target(target, graph.precision)
+            profiles = profiles_for(graph.path, spec, sequence_limit(self.workspace.checkpoint))
+            key = {
+                "parent": graph.digest,
+                "target": [target.sm, target.runtime],
+                "profiles": profiles,
+                "workspace_mb": spec.workspace_mb,
+                "builder": installed_version(target.runtime),
+            }
+
+            def make(folder: Path) -> dict[str, Any]:
+                info = build_engine(
+                    graph.path, folder / ENGINE, target, profiles=profiles, workspace_mb=spec.workspace_mb
+                )
+                return {"engine": info.to_json()}
+
+            self.monitor.work("build", 0)
+            try:
+                artifact = self._artifact(entry, key, make)
+            except MachineError as error:
+                self.gatekeeper.could_not_run(entry, error.found)
+                return
+            entry.engine = dict(artifact.info["engine"])
+            entry.cost = {"file_bytes": (artifact.path / ENGINE).stat().st_size}
+            missing = _why_not_here(target)
+            if missing:
+                self.gatekeeper.could_not_run(entry, missing)
+                return
+            measurements = self.gatekeeper.measure(
+                entry, artifact.digest, lambda: EngineRunner(artifact.path / ENGINE), "tensorrt"
+            )
+            self.gatekeeper.judge(entry, measurements, can_roll_back=False)
+
+    def _artifact(self, entry: StageEntry, key: dict[str, Any], make: Make) -> Artifact:
+        artifact, why = self.store.get(entry.folder, entry.kind, key, make)
+        entry.made(why)
+        self.results.keep(entry, artifact)
+        return artifact
+
+    def _judge_graph(self, entry: StageEntry, artifact: Artifact, graph: Graph, *, can_roll_back: bool) -> bool:
+        entry.cost = dict(artifact.info["graph"])
+        if not artifact.info.get("runs_on_cpu", True):
+            reason = "ONNX Runtime has no bf16 kernels for the CPU; the gate of the engine judges this graph"
+            self.gatekeeper.could_not_run(entry, reason)
+            return True
+        measurements = self.gatekeeper.measure(
+            entry,
+            artifact.digest,
+            lambda: OrtRunner(graph.path),
+            "onnxruntime",
+            cost=lambda: {"latency": self.gatekeeper.latency(graph.dense, graph.path)},
+        )
+        return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
+
+    def _export_key(self) -> dict[str, Any]:
+        examples, spec = self.workspace.examples, self.workspace.recipe.export
+        sequence = None if spec.sequence is None else spec.sequence.opt
+        axes = {name: list(varying) for name, varying in examples.dynamic_axes().items()}
+        return {"opset": spec.opset, "sample": examples.digest, "axes": axes, "sequence": sequence, **versions("onnx")}
+
+    def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
+        workspace = self.workspace
+        checkpoint = model.checkpoint.copy()
+        view = checkpoint.view()
+        record = run_pass(
+            workspace.recipe.passes[index],
+            view,
+            workspace.checkpoint.copy().view(),
+            workspace.task,
+            workspace.calibration,
+            seed=workspace.recipe.seed,
+            batch_size=workspace.recipe.batch_size,
+            progress=_Progress(self.monitor, len(workspace.calibration)),
+        )
+        save_checkpoint(checkpoint, view, folder / MODEL)
+        return {"record": record.to_json()}
+
+    def _export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+        self.monitor.work("export", 0)
+        examples = self.workspace.examples
+        copy = checkpoint.copy()
+        scopes = [layer.path for layer in copy.view().attention]
+        opset = self.workspace.recipe.export.opset
+        info = to_onnx(
+            copy.module, examples.example_batch(), folder / GRAPH, dynamic=examples.dynamic_axes(), opset=opset
+        )
+        return {
+            "graph": self._graph_cost(folder / GRAPH, scopes),
+            "parity": [p._asdict() for p in info.parity],
+            "nodes": dict(info.nodes),
+            "scopes": scopes,
+        }
+
+    def _convert(self, graph: Graph, folder: Path) -> dict[str, Any]:
+        self.monitor.work("convert", 0)
+        spec = self.workspace.recipe.export
+        info = convert_precision(graph.path, folder / GRAPH, spec.precision, keep_io=spec.keep_io)
+        cost = self._graph_cost(folder / GRAPH, graph.scopes)
+        return {"graph": cost, "runs_on_cpu": info.runs_on_cpu, "casts": info.casts}
+
+    def _graph_cost(self, path: Path, scopes: Sequence[str]) -> dict[str, int]:
+        shapes = {name: array.shape for name, array in self.gatekeeper.cost_row().items()}
+        cost = graph_cost(path, shapes, attention_scopes=scopes)
+        return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
+
+
+class _Progress:
+    """Turns (step, samples) of a pass into one bar per step."""
+
+    def __init__(self, monitor: Monitor, total: int) -> None:
+        self.monitor = monitor
+        self.total = total
+        self.step = ""
+        self.advance: Callable[[int], None] = lambda _: None
+
+    def __call__(self, step: str, samples: int) -> None:
+        if step != self.step:
+            self.step, self.advance = step, self.monitor.work(step, self.total)
+        self.advance(samples)
+
+
+def _why_not_here(target: Target) -> str:
+    """Why an engine for ``target`` cannot run on this machine; empty where it can."""
+    found = gpu()
+    if found is None:
+        return "no GPU"
+    if found.sm != target.sm:
+        return f"{found.name} is sm{found.sm}, the engine is for sm{target.sm}"
+    return ""

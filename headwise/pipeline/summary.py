@@ -1,0 +1,275 @@
+"""What every form of the report says, as text: the rows of the tables, and numbers with their units.
+
+The terminal, the HTML page and the Markdown file print these rows, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Report = Mapping[str, Any]
+Stage = Mapping[str, Any]
+
+ABSENT = "–"
+COSTS = {
+    "parameters": "Parameters",
+    "macs": "MACs",
+    "attention_macs": "Attention MACs",
+    "kv_bytes_per_token": "KV per token",
+    "file_bytes": "Size",
+    "latency": "Latency",
+}
+"""Entries of a stage's ``cost`` with their headings, in the order of the tables."""
+
+GOES_ON = frozenset({"warned", "rolled-back"})
+"""Statuses of a stage whose gate said no, after which the recipe says to carry on (``on_fail``)."""
+ENGINE_HEADINGS = ("Target", "Runtime", "Size", "Build", "Layers", "Fused attention", "GEMMs by type")
+
+_BYTES = frozenset({"kv_bytes_per_token", "file_bytes"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccuracyRow:
+    """One metric of one output at one stage.
+
+    Attributes:
+        stage, status: of the stage; several rows may have the same.
+        output, metric: what was measured; empty where the stage measured nothing.
+        value: with its unit.
+        drop: how much worse than the untouched model, with the interval; negative is better.
+        limit: the largest drop that the gate allows.
+        verdict: the outcome, or ``ABSENT`` where nothing is judged.
+        reason: why, where the outcome is not PASS.
+    """
+
+    stage: str
+    status: str
+    output: str = ""
+    metric: str = ""
+    value: str = ABSENT
+    drop: str = ABSENT
+    limit: str = ABSENT
+    verdict: str = ABSENT
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMap:
+    """The heads of every layer before and after one pass.
+
+    Attributes:
+        stage: the pass stage.
+        score: name of the score that decided; empty where there was none.
+        scores: per layer, original query head id -> score.
+        before, after: per layer, original query head ids.
+        columns: heads that the widest layer had when the run began.
+        refit: layer -> relative error of its output on the calibration tokens, ``before`` and ``after`` the refit.
+        twin_error: largest relative difference between the edited model and its exact twin.
+        rolled_back: the gate said no and the pass was undone.
+    """
+
+    stage: str
+    score: str
+    scores: tuple[Mapping[int, float], ...]
+    before: tuple[tuple[int, ...], ...]
+    after: tuple[tuple[int, ...], ...]
+    columns: int
+    refit: Mapping[int, Mapping[str, float]]
+    twin_error: float | None
+    rolled_back: bool
+
+    @property
+    def removed(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the ids that the pass took away."""
+        return tuple(tuple(h for h in old if h not in new) for old, new in zip(self.before, self.after, strict=True))
+
+
+def accuracy_rows(report: Report) -> Iterator[AccuracyRow]:
+    """A row for every metric of every stage, and one for a stage that has none."""
+    measured_anywhere = (m for stage in report["stages"] for m in stage.get("metrics") or [])
+    units = {(m["output"], m["metric"]): m["unit"] for m in measured_anywhere}
+    for stage in report["stages"]:
+        metrics = stage.get("metrics") or []
+        verdicts = {(v["output"], v["metric"]): v for v in stage.get("verdicts") or []}
+        measured = {(m["output"], m["metric"]) for m in metrics}
+        entries = [(m, verdicts.get((m["output"], m["metric"]))) for m in metrics]
+        entries += [(v, v) for key, v in verdicts.items() if key not in measured]
+        for metric, verdict in entries:
+            yield _accuracy_row(stage, metric, verdict, units.get((metric["output"], metric["metric"]), ""))
+        if not entries:
+            yield AccuracyRow(stage=stage["name"], status=stage["status"], reason=stage.get("reason") or "")
+
+
+def _accuracy_row(stage: Stage, metric: Mapping[str, Any], verdict: Mapping[str, Any] | None, unit: str) -> AccuracyRow:
+    row = {"stage": stage["name"], "status": stage["status"], "output": metric["output"], "metric": metric["metric"]}
+    value = with_unit(metric.get("value"), unit)
+    if verdict is None:
+        return AccuracyRow(**row, value=value)
+    drop = number(verdict.get("difference"), unit)
+    interval = [number(end, unit) for end in verdict.get("interval") or (None, None)]
+    if ABSENT not in interval:
+        drop = f"{drop} [{', '.join(interval)}]"
+    outcome = str(verdict["outcome"])
+    reason = "" if outcome == "PASS" else verdict.get("reason") or ""
+    limit = number(verdict.get("limit"), unit)
+    return AccuracyRow(**row, value=value, drop=drop, limit=limit, verdict=outcome, reason=reason)
+
+
+def cost_columns(report: Report) -> list[str]:
+    """The costs that are not zero at some stage, in the order of ``COSTS``; an encoder has no kv cache."""
+    return [name for name in COSTS if any(cost(stage, name) for stage in report["stages"])]
+
+
+def cost(stage: Stage, name: str) -> float | None:
+    """A cost of a stage as a number (the latency in ms), or None where the stage did not measure it."""
+    value = (stage.get("cost") or {}).get(name)
+    if name == "latency" and value is not None:
+        value = value.get("median_ms")
+    return None if value is None else float(value)
+
+
+def cost_ratio(report: Report, stage: Stage, name: str) -> float | None:
+    """A cost as a part of the untouched model's; None for the stage that the others are compared with.
+
+    A latency is compared with the reference of its own interleaved run, everything else with the first stage that
+    knows the cost.
+    """
+    value = cost(stage, name)
+    if name == "latency":
+        base = ((stage.get("cost") or {}).get("latency") or {}).get("reference_ms")
+    else:
+        first = next((s for s in report["stages"] if cost(s, name) is not None), stage)
+        base = None if first is stage else cost(first, name)
+    return value / base if value is not None and base else None
+
+
+def cost_text(report: Report, stage: Stage, name: str) -> str:
+    """For example ``1.21 M 61 %``."""
+    value, ratio = cost(stage, name), cost_ratio(report, stage, name)
+    if value is None:
+        return ABSENT
+    return amount(name, value) + ("" if ratio is None else f" {ratio:.0%}".replace("%", "\N{NO-BREAK SPACE}%"))
+
+
+def amount(name: str, value: float) -> str:
+    """A cost with its unit: ``1.2 ms``, ``45.9 MB``, ``22.7 M``; the space between them does not break."""
+    if name == "latency":
+        return f"{value:.3g}\N{NO-BREAK SPACE}ms"
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}\N{NO-BREAK SPACE}{prefix}{'B' if name in _BYTES else ''}"
+    return f"{value:.0f}" + ("\N{NO-BREAK SPACE}B" if name in _BYTES else "")
+
+
+def latency_notes(report: Report) -> list[str]:
+    """How every distinct latency was measured: a number without its device means nothing."""
+    notes: dict[str, None] = {}
+    for stage in report["stages"]:
+        latency = (stage.get("cost") or {}).get("latency")
+        if latency:
+            threads = latency.get("threads")
+            parts = [
+                latency.get("device"),
+                f"{threads} thread{'s' * (threads > 1)}" if threads else None,
+                latency.get("method"),
+            ]
+            notes[", ".join(str(part) for part in parts if part)] = None
+    return list(notes)
+
+
+def with_unit(value: float | None, unit: str) -> str:
+    """A metric's value for reading; points of 100 go without a unit, as everyone writes accuracies."""
+    text = number(value, unit)
+    return text if unit in ("", "points") or text == ABSENT else f"{text}\N{NO-BREAK SPACE}{unit}"
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A metric's value or difference: two decimals for points, four for everything else."""
+    if value is None or math.isnan(value):
+        return ABSENT
+    text = f"{value:.2f}" if unit == "points" else f"{value:.4f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def seconds(value: float | None) -> str:
+    """``0.4 s``, ``12 s``, ``2 min 5 s``."""
+    if value is None:
+        return ABSENT
+    if value < 60:
+        return f"{value:.1f}\N{NO-BREAK SPACE}s" if value < 10 else f"{value:.0f}\N{NO-BREAK SPACE}s"
+    return f"{int(value) // 60}\N{NO-BREAK SPACE}min {int(value) % 60}\N{NO-BREAK SPACE}s"
+
+
+def head_maps(report: Report) -> list[HeadMap]:
+    """One map per pass stage that has a record; all have as many columns as the first one needs."""
+    stages = [stage for stage in report["stages"] if "plan" in (stage.get("record") or {})]
+    first = stages[0]["record"]["before"] if stages else []
+    columns = 1 + max((head for layer in first for head in layer["query"]), default=0)
+    return [_head_map(stage, columns) for stage in stages]
+
+
+def _head_map(stage: Stage, columns: int) -> HeadMap:
+    record = stage["record"]
+    scores = record["plan"].get("scores") or {"name": "", "layers": [{} for _ in record["before"]]}
+    return HeadMap(
+        stage=stage["name"],
+        score=scores["name"],
+        scores=tuple({int(h): float(v) for h, v in layer.items() if v is not None} for layer in scores["layers"]),
+        before=tuple(tuple(layer["query"]) for layer in record["before"]),
+        after=tuple(tuple(layer["query"]) for layer in record["after"]),
+        columns=columns,
+        refit={int(fit["layer"]): fit for fit in record.get("refit") or []},
+        twin_error=record.get("twin_error"),
+        rolled_back=stage["status"] == "rolled-back",
+    )
+
+
+def problems(report: Report) -> list[tuple[str, str]]:
+    """(stages, reason) of everything that did not simply pass; stages with the same reason are named together."""
+    found: dict[str, list[str]] = {}
+    for stage in report["stages"]:
+        for reason in _reasons(stage):
+            found.setdefault(reason, []).append(stage["name"])
+    return [(", ".join(stages), reason) for reason, stages in found.items()]
+
+
+def _reasons(stage: Stage) -> list[str]:
+    """Reasons of the verdicts, after the outputs that they are about; the stage's own where that says more."""
+    outputs: dict[str, list[str]] = {}
+    for verdict in stage.get("verdicts") or []:
+        if verdict["outcome"] != "PASS":
+            named = outputs.setdefault(verdict.get("reason") or verdict["outcome"], [])
+            if verdict["outcome"] != "NOT RUN":
+                named.append(f"{verdict['output']} {verdict['metric']}")
+    reasons = [f"{', '.join(named)}: {reason}" if named else reason for reason, named in outputs.items()]
+    own = stage.get("reason")
+    if own and stage["status"] != "passed" and (not reasons or stage["status"] in ("error", "interrupted")):
+        reasons.append(own)
+    return reasons
+
+
+def engine_rows(report: Report) -> list[tuple[str, ...]]:
+    """One row per engine that was built, under ``ENGINE_HEADINGS``."""
+    rows: list[tuple[str, ...]] = []
+    for stage in report["stages"]:
+        engine = stage.get("engine")
+        if not engine:
+            continue
+        sm = f"sm{engine['sm']}"
+        listing = engine.get("listing") or {}
+        gemms = ", ".join(f"{count} {dtype}" for dtype, count in (listing.get("gemms") or {}).items())
+        rows.append(
+            (
+                engine["target"] + ("" if engine["target"] == sm else f" ({sm})"),
+                f"{engine['runtime']} {engine['version']}",
+                amount("file_bytes", engine["bytes"]),
+                seconds(engine["seconds"]),
+                str(listing.get("layers", ABSENT)),
+                str(listing.get("fused_attention", ABSENT)),
+                gemms or ABSENT,
+            )
+        )
+    return rows
