@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +88,8 @@ def building(folder: Path) -> Iterator[Path]:
         StorageError: writing failed; the previous content of ``folder`` is untouched.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise storage_error(error, folder) from error
     try:

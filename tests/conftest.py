@@ -50,6 +50,25 @@ class TwoHeads(nn.Module):
         return {"digit": self.digit(summary), "parity": self.parity(summary)}
 
 
+class WrappedBert(nn.Module):
+    """A transformers encoder inside a plain module with two outputs, as people write multi-task models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = transformers.BertModel(transformers.BertConfig(**_TEXT), add_pooling_layer=False)
+        self.coarse = nn.Linear(WIDTH, 3)
+        self.fine = nn.Linear(WIDTH, 5)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        summary = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+        return {"coarse": self.coarse(summary), "fine": self.fine(summary)}
+
+
+def wrapped_bert() -> nn.Module:
+    """Factory for checkpoints of ``WrappedBert``."""
+    return WrappedBert()
+
+
 def two_heads() -> nn.Module:
     """Factory for checkpoints of ``TwoHeads``."""
     return TwoHeads()
@@ -83,8 +102,11 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER)),
     "torch": two_heads,
+    "wrapped": wrapped_bert,
 }
-MULTI_HEAD = {"bert", "roberta", "distilbert", "vit", "gpt2", "torch"}
+FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
+"""Plain modules, by the factory that a checkpoint names."""
+MULTI_HEAD = {"bert", "roberta", "distilbert", "vit", "gpt2", "torch", "wrapped"}
 """Families here whose query heads have a kv head each."""
 STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
 """Families whose own config can express fewer heads of the same width."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import STOCK, largest_difference, make_inputs, make_model
+from conftest import FACTORIES, STOCK, largest_difference, make_inputs, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,12 +22,10 @@ from headwise.model.forward import run
 from headwise.model.layout import DropHeads, EditPlan
 from headwise.model.view import ModelView
 
-FACTORY = "conftest:two_heads"
-
 
 def checkpoint_of(family: str) -> Checkpoint:
-    kind = "module" if family == "torch" else "transformers"
-    factory = FACTORY if family == "torch" else None
+    factory = FACTORIES.get(family)
+    kind = "transformers" if factory is None else "module"
     return Checkpoint(module=make_model(family), source=family, kind=kind, digest="", factory=factory)
 
 
@@ -197,7 +195,7 @@ def test_a_layout_of_another_shape_is_refused() -> None:
 
 
 def test_a_module_without_a_tokenizer_says_so() -> None:
-    with pytest.raises(DataError, match="no tokenizer in torch: a plain module has none"):
+    with pytest.raises(DataError, match="no tokenizer in torch: a plain module has none of its own"):
         checkpoint_of("torch").tokenizer()
 
 

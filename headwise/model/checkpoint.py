@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from headwise.artifacts import digest_bytes, digest_file, digest_json, storage_error, write_atomic
 from headwise.errors import CheckpointError, DataError
 from headwise.model import surgery
+from headwise.model.families import Count
 from headwise.model.forward import input_names
 from headwise.model.layout import AttentionLayout, Layout, uniform
 from headwise.model.sources import (
@@ -33,7 +35,7 @@ from headwise.model.sources import (
     refuse_broken_weights,
     without_progress_bars,
 )
-from headwise.model.view import ModelView
+from headwise.model.view import ModelView, longest_sequence
 
 SIDECAR = "headwise.json"
 WEIGHTS = "model.safetensors"
@@ -52,6 +54,7 @@ class Checkpoint:
         folder: the directory that it was loaded from; None for a factory or a hub id.
         factory: ``module:factory`` of a plain module.
         layout: the heads by original id, where the checkpoint came with a layout of its own.
+        processor: directory or hub id of tokenizer and image processor; None where they belong to the checkpoint.
     """
 
     module: nn.Module
@@ -61,6 +64,7 @@ class Checkpoint:
     folder: Path | None = None
     factory: str | None = None
     layout: Layout | None = None
+    processor: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -79,6 +83,10 @@ class Checkpoint:
         """A second, independent copy of the model."""
         return Checkpoint(**{**vars(self), "module": copy.deepcopy(self.module)})
 
+    def longest_sequence(self) -> int | None:
+        """How many tokens the model can take; None where it sets no limit."""
+        return longest_sequence(self.module)
+
     def input_names(self) -> tuple[str, ...]:
         """The named parameters of the model's ``forward``."""
         return input_names(self.module)
@@ -96,17 +104,18 @@ class Checkpoint:
         return self._processor(transformers.AutoImageProcessor, "image processor", "images")
 
     def _processor(self, auto: Any, what: str, data: str) -> Any:
-        if self.kind == "transformers":
+        home = self.processor or self.folder or (self.source if self.kind == "transformers" else None)
+        if home is not None:
             try:
-                return auto.from_pretrained(str(self.folder or self.source))
+                return auto.from_pretrained(str(home))
             except (OSError, ValueError, KeyError, ImportError) as error:
                 reason = str(error).splitlines()[0]
         else:
-            reason = "a plain module has none"
+            reason = "a plain module has none of its own"
         raise DataError(
             f"no {what} in {self.source}: {reason}",
             expected=f"a {what}, because the recipe's data are {data}",
-            fix="save it into the checkpoint's directory, or give arrays named after the model's inputs",
+            fix="name its directory in task.processor, or give arrays named after the model's inputs",
         )
 
 
@@ -153,7 +162,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
     sidecar: dict[str, Any] = {
         "schema": _SCHEMA,
         "kind": checkpoint.kind,
-        "family": view.family.name,
+        "families": sorted({layer.family.name for layer in view.attention}),
         "layout": [entry.to_json() for entry in layout],
     }
     try:
@@ -161,7 +170,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
         if checkpoint.kind == "transformers":
             sidecar["stock"] = _save_transformers(checkpoint, view, folder)
             sidecar["arguments"] = constructor_arguments(checkpoint.module)
-            if not sidecar["stock"] and view.family.config:
+            if not sidecar["stock"] and _stock_config(view):
                 # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
                 sidecar["per_layer_config"] = _per_layer_config(view)
         else:
@@ -174,15 +183,15 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
 
 def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
-    module, layout, family = checkpoint.module, view.layout, view.family
+    module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
     unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
-    stock = unchanged or (uniform(layout) and bool(family.config))
+    stock = unchanged or (uniform(layout) and bool(counted))
     config = module.config
     original = copy.deepcopy(config)
     try:
         if stock and not unchanged:
-            for name, count in family.config.items():
+            for name, count in counted.items():
                 setattr(config, name, count(next(iter(layout))))
         # The original format renames weights in a way that only the stock loader undoes.
         with without_progress_bars():
@@ -194,10 +203,16 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     return stock
 
 
+def _stock_config(view: ModelView) -> Mapping[str, Count]:
+    """Entries of the model's own config that can express head counts, where all layers are of one family."""
+    configs = [layer.family.config for layer in view.attention]
+    return next(iter(configs)) if all(config == next(iter(configs)) for config in configs) else {}
+
+
 def _per_layer_config(view: ModelView) -> dict[str, dict[str, int]]:
     """Head counts in the schema of transformers' ``per_layer_config``."""
     return {
-        str(layer.index): {name: count(layer.layout) for name, count in view.family.config.items()}
+        str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}
         for layer in view.attention
     }
 

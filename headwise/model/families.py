@@ -52,6 +52,13 @@ class Family:
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
 
+    def longest_sequence(self, config: Any) -> int | None:
+        """How many tokens a model with this config can take, or None where it sets no limit."""
+        longest = getattr(config, "max_position_embeddings", None)
+        if not isinstance(longest, int):
+            return None
+        return longest - config.pad_token_id - 1 if self.padding_positions else longest
+
 
 def _queries(layout: AttentionLayout) -> int:
     return len(layout.query)
@@ -161,14 +168,6 @@ PLAIN = Family(
 FAMILIES: Mapping[str, Family] = {
     model_type: family for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA) for model_type in family.model_types
 }
-
-
-def longest_sequence(family: Family, config: Any) -> int | None:
-    """How many tokens a model can take, or None where its config sets no limit."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int):
-        return None
-    return longest - config.pad_token_id - 1 if family.padding_positions else longest
 
 
 def family_of(model_type: str) -> Family:

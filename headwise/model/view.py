@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from headwise.errors import PlanError, UnsupportedModelError
 from headwise.model.attention import MultiHeadAttention, unpack_attention
@@ -167,38 +168,34 @@ class ModelView:
 
     Attributes:
         module: the model itself.
-        family: how it stores its heads.
         attention: one view per attention layer, in the order in which they run.
     """
 
-    def __init__(self, module: nn.Module, family: Family, attention: tuple[AttentionView, ...]) -> None:
+    def __init__(self, module: nn.Module, attention: tuple[AttentionView, ...]) -> None:
         self.module = module
-        self.family = family
         self.attention = attention
 
     @classmethod
     def of(cls, module: nn.Module) -> ModelView:
-        """The view of a transformers model or of a module built on ``nn.MultiheadAttention``.
+        """The view of a transformers model, or of a plain module with such models or ``nn.MultiheadAttention`` inside.
 
         A plain module's packed attention is unpacked in place, which leaves its function as it is.
 
         Raises:
             UnsupportedModelError: no family record fits; the message names the model type and the known ones.
         """
-        config = getattr(module, "config", None)
-        model_type = getattr(config, "model_type", None)
-        if isinstance(model_type, str) and (model_type in FAMILIES or hasattr(module, "base_model_prefix")):
-            family = family_of(model_type)
-            found = _find_by_path(module, family)
-        else:
-            family = PLAIN
-            found = _find_by_type(module)
-        views = tuple(AttentionView(i, path, layer, block, family) for i, (path, layer, block) in enumerate(found))
+        found = [entry for backbone in backbones(module) for entry in _find_by_path(module, backbone)]
+        if not isinstance(module, PreTrainedModel):
+            unpack_attention(module)
+            found += _find_by_type(module)
+        if not found:
+            raise _no_attention(module)
+        views = tuple(AttentionView(index, *entry) for index, entry in enumerate(found))
         seen: set[int] = set()
         for view in views:
             view.residual = id(view.block) not in seen
             seen.add(id(view.block))
-        return cls(module, family, views)
+        return cls(module, views)
 
     @property
     def layout(self) -> Layout:
@@ -242,38 +239,62 @@ def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
-def _find_by_path(module: nn.Module, family: Family) -> list[tuple[str, nn.Module, nn.Module]]:
-    """(path from the root, attention module, block) of every block that the family's pattern matches."""
-    base = getattr(module, "base_model", module)
+Found = tuple[str, nn.Module, nn.Module, Family]
+"""Path from the root, attention module, block around it, and the record that describes them."""
+
+
+def backbones(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models that a module is or holds, outermost ones only."""
+    found: list[PreTrainedModel] = []
+    inside: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel) and id(child) not in inside:
+            found.append(child)
+            inside.update(map(id, child.modules()))
+    return found
+
+
+def longest_sequence(module: nn.Module) -> int | None:
+    """How many tokens a model can take, or None where nothing in it sets a limit."""
+    limits = [family_of(b.config.model_type).longest_sequence(b.config) for b in backbones(module)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
+    """The attention of every block that the backbone's family record names."""
+    family = family_of(backbone.config.model_type)
     pattern = re.compile(re.escape(family.blocks).replace(r"\*", r"(\d+)"))
-    root_names = {id(child): name for name, child in module.named_modules()}
-    matches = [(tuple(map(int, m.groups())), child) for n, child in base.named_modules() if (m := pattern.fullmatch(n))]
-    found = []
-    for _, block in sorted(matches, key=operator.itemgetter(0)):
+    root_names = {id(child): name for name, child in root.named_modules()}
+    blocks = [
+        (tuple(map(int, match.groups())), child)
+        for name, child in backbone.base_model.named_modules()
+        if (match := pattern.fullmatch(name))
+    ]
+    found: list[Found] = []
+    for _, block in sorted(blocks, key=operator.itemgetter(0)):
         layer = attribute(block, family.attention)
-        found.append((root_names[id(layer)], layer, block))
+        found.append((root_names[id(layer)], layer, block, family))
     if not found:
         raise UnsupportedModelError(
-            f'no attention layer at "{family.blocks}.{family.attention}" in {type(module).__name__}',
+            f'no attention layer at "{family.blocks}.{family.attention}" in {type(backbone).__name__}',
             expected=f"the module names that the {family.name} record describes",
             fix="check the transformers version: a renamed module is one line in headwise/model/families.py",
         )
     return found
 
 
-def _find_by_type(module: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
-    """The same for every ``nn.MultiheadAttention`` of a plain module; its block is the module that holds it."""
-    unpack_attention(module)
-    found: list[tuple[str, nn.Module, nn.Module]] = []
-    for name, child in module.named_modules():
-        if isinstance(child, MultiHeadAttention):
-            found.append((name, child, attribute(module, name.rpartition(".")[0])))
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no attention layer that headwise knows",
-            expected="a transformers model of type "
-            + ", ".join(sorted(FAMILIES))
-            + ", or nn.MultiheadAttention inside",
-            fix="build the model on nn.MultiheadAttention, or add a family record (CONTRIBUTING.md)",
-        )
-    return found
+def _find_by_type(root: nn.Module) -> list[Found]:
+    """Every unpacked ``nn.MultiheadAttention``; its block is the module that holds it."""
+    return [
+        (name, child, attribute(root, name.rpartition(".")[0]), PLAIN)
+        for name, child in root.named_modules()
+        if isinstance(child, MultiHeadAttention)
+    ]
+
+
+def _no_attention(module: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(module).__name__} has no attention layer that headwise knows",
+        expected="a transformers model of type " + ", ".join(sorted(FAMILIES)) + ", or nn.MultiheadAttention inside",
+        fix="build the model on nn.MultiheadAttention, or add a family record (CONTRIBUTING.md)",
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
-from headwise.gates.cost import latency
+from headwise.gates.cost import device_name, latency
 from headwise.gates.judge import judge_all, not_run
 from headwise.gates.measure import Measurement, Predictions, load_measurements, measure, predict, save_measurements
 from headwise.gates.model_cost import model_cost
@@ -139,5 +139,7 @@ class Gatekeeper:
             "data": self.workspace.data_digest,
             "task": recipe.task.model_dump(mode="json", exclude={"data"}),
             "batch_size": recipe.batch_size,
+            # Candidate and reference are measured on the same machine, also when the folder is moved to another one.
+            "device": device_name(),
             "sequence": None if recipe.export.sequence is None else recipe.export.sequence.opt,
         }

@@ -39,7 +39,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
         "checkpoint": checkpoint.source,
         "kind": checkpoint.kind,
         "model_type": checkpoint.model_type,
-        "family": view.family.name,
+        "family": ", ".join(sorted({layer.family.name for layer in view.attention})),
         "digest": checkpoint.digest,
         "layers": layers,
         "parameters": sum(p.numel() for p in view.module.parameters()),

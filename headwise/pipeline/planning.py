@@ -11,15 +11,19 @@ from rich.text import Text
 
 from headwise.model.checkpoint import load_checkpoint
 from headwise.passes.base import make_plan, run_pass
+from headwise.pipeline.monitor import Monitor, Silent, Steps
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.workspace import Workspace
 
 
-def plan_passes(checkpoint: str, recipe: str, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def plan_passes(
+    checkpoint: str, recipe: str, overrides: Sequence[str] = (), *, monitor: Monitor | None = None
+) -> list[dict[str, Any]]:
     """One entry per pass: its options, its plan with scores, and the layout before and after.
 
     A later pass is planned on the result of the earlier ones, which are made in memory only.
     """
+    watcher: Monitor = monitor or Silent()
     resolved = load_recipe(recipe, overrides)
     workspace = Workspace(load_checkpoint(checkpoint), resolved)
     edited = workspace.checkpoint.copy().view()
@@ -27,7 +31,13 @@ def plan_passes(checkpoint: str, recipe: str, overrides: Sequence[str] = ()) -> 
     plans = []
     for index, pass_ in enumerate(resolved.passes):
         before = edited.layout
-        plan, _ = make_plan(pass_, edited, workspace.task, workspace.calibration, seed=resolved.seed)
+        watcher.start(resolved.stage_names()[1 + index][0])
+        shared: dict[str, Any] = {
+            "seed": resolved.seed,
+            "batch_size": resolved.batch_size,
+            "progress": Steps(watcher, len(workspace.calibration)),
+        }
+        plan, _ = make_plan(pass_, edited, workspace.task, workspace.calibration, **shared)
         plans.append(
             {
                 "pass": pass_.name,
@@ -38,7 +48,7 @@ def plan_passes(checkpoint: str, recipe: str, overrides: Sequence[str] = ()) -> 
             }
         )
         if index + 1 < len(resolved.passes):
-            run_pass(pass_, edited, teacher, workspace.task, workspace.calibration, seed=resolved.seed)
+            run_pass(pass_, edited, teacher, workspace.task, workspace.calibration, **shared)
     return plans
 
 

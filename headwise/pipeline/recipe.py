@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, model_validator
 
 from headwise.calibration.data import DataSpec
-from headwise.calibration.tasks import TaskSpec
-from headwise.errors import HeadwiseError, RecipeError, did_you_mean
+from headwise.calibration.tasks import FidelityOptions, TaskSpec
+from headwise.errors import RecipeError, did_you_mean
 from headwise.export.precision import ExportSpec
 from headwise.export.targets import resolve_target
 from headwise.gates.judge import GateSpec
 from headwise.passes import PASSES
 from headwise.passes.base import Pass
+from headwise.pipeline.explain import explain
 from headwise.spec import Spec
+
+
+KINDS = ("baseline", "pass", "onnx", "precision", "engine")
+"""What a stage can be."""
+
+
+def engine_stage(target: str) -> str:
+    """Name of the stage that builds for ``target``; also the name of a folder."""
+    return f"engine-{target}".replace("/", "-")
 
 
 class CalibrationSpec(Spec):
     """The samples that statistics and refits are computed on. They must not be the samples of the gate."""
 
     data: DataSpec
+    """Where they come from; of the same form as those of the task."""
     samples: int = Field(default=512, ge=1)
     """How many samples to draw at random; all of them where there are fewer."""
     seed: int = 0
@@ -66,12 +75,42 @@ class Recipe(Spec):
     """Seed of everything random in passes."""
 
     @model_validator(mode="after")
-    def _calibrated(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
         if self.passes and self.calibration is None:
-            raise ValueError("passes need samples to look at: add calibration: {data: ..., samples: 512}")
+            raise RecipeError(
+                "the recipe has passes but no calibration",
+                expected="samples that passes can look at, and that are not those of the task",
+                fix="add calibration: {data: ..., samples: 512}",
+            )
         for target in self.targets:
             resolve_target(target)
+        stages = self.stage_names()
+        names = [name for name, _ in stages]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise RecipeError(
+                f"two stages would be called {', '.join(repeated)}", expected="every target once", fix="leave one out"
+            )
+        known = {*KINDS, *names}
+        for name in self.gate.stages:
+            if name not in known:
+                raise RecipeError(
+                    f'gate.stages: this recipe has no stage "{name}"',
+                    expected=f"a stage ({', '.join(names)}) or a kind ({', '.join(KINDS)})",
+                    fix=did_you_mean(name, known),
+                )
         return self
+
+    def stage_names(self) -> list[tuple[str, str]]:
+        """(name, kind) of every stage of a run, in order. A pass that occurs again is numbered."""
+        names = [("baseline", "baseline")]
+        for index, pass_ in enumerate(self.passes):
+            earlier = sum(other.name == pass_.name for other in self.passes[:index])
+            names.append((pass_.name + (f"-{earlier + 1}" if earlier else ""), "pass"))
+        names.append(("onnx", "onnx"))
+        if self.export.precision != "fp32":
+            names.append((self.export.precision, "precision"))
+        return names + [(engine_stage(target), "engine") for target in self.targets]
 
     def to_json(self) -> dict[str, Any]:
         """The recipe with every default filled in, in the form that YAML has it."""
@@ -104,7 +143,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
             f"the recipe {path} cannot be read: {error.strerror}",
@@ -142,33 +181,43 @@ def _override(values: dict[str, Any], assignment: str) -> None:
         raise RecipeError(
             f'--set "{assignment}"', expected="key.path=value", fix="for example --set passes.0.ratio=0.25"
         )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f'--set "{assignment}": the value is not valid YAML',
+            expected="a number, a word, [a, list] or {a: mapping}",
+            fix="close brackets and quotes, and put the whole assignment in quotes for the shell",
+        ) from error
     node: Any = values
     for depth, key in enumerate(keys[:-1]):
         node = _descend(node, key, ".".join(keys[: depth + 1]))
-        if isinstance(node, dict) and len(node) == 1 and keys[0] == "passes" and depth == 1:
-            (name, options) = next(iter(node.items()))
-            if keys[2] != name:
-                node[name] = options if options is not None else {}
-                node = node[name]
-    if isinstance(node, list):
-        _descend(node, keys[-1], path)
-        node[int(keys[-1])] = yaml.safe_load(text)
+        # passes.0.ratio stands for passes.0.prune-heads.ratio.
+        if keys[0] == "passes" and depth == 1 and isinstance(node, dict) and len(node) == 1 and keys[2] not in node:
+            node = _descend(node, next(iter(node)), path)
+    if isinstance(node, dict):
+        node[keys[-1]] = value
     else:
-        node[keys[-1]] = yaml.safe_load(text)
+        _descend(node, keys[-1], path)
+        node[int(keys[-1])] = value
 
 
 def _descend(node: Any, key: str, path: str) -> Any:
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
+        if not key.isdecimal() or int(key) >= len(node):
             raise RecipeError(
-                f'--set: "{path}" does not exist', expected=f"an index from 0 to {len(node) - 1}", fix="count from 0"
+                f'--set: "{path}" does not exist',
+                expected=f"an index from 0 to {len(node) - 1}" if node else "an item, but the list is empty",
+                fix="count the items from 0; set the whole list to make it longer",
             )
         if isinstance(node[int(key)], str):
             node[int(key)] = {node[int(key)]: {}}
         return node[int(key)]
     if not isinstance(node, dict):
         raise RecipeError(
-            f'--set: "{path}" reaches into a single value', expected="a key of a mapping", fix="shorten the path"
+            f'--set: "{path}" reaches into the single value {node!r}',
+            expected="a key of a mapping",
+            fix="shorten the path",
         )
     if node.get(key) is None:
         node[key] = {}
@@ -176,7 +225,11 @@ def _descend(node: Any, key: str, path: str) -> Any:
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
-    """Make the data paths of the recipe absolute; ``~`` is the home folder."""
+    """Make the paths of the recipe absolute; ``~`` is the home folder. A processor may also be a hub id."""
+    task = values.get("task")
+    if isinstance(task, dict) and isinstance(task.get("processor"), str):
+        processor = folder / Path(task["processor"]).expanduser()
+        task["processor"] = str(processor) if processor.exists() else task["processor"]
     for section in ("task", "calibration"):
         data = values.get(section)
         data = data.get("data") if isinstance(data, dict) else None
@@ -190,23 +243,30 @@ def _validate(values: dict[str, Any]) -> Recipe:
     items = values.get("passes") or []
     if not isinstance(items, list):
         raise RecipeError(
-            f"passes is {type(items).__name__}", expected="a list of passes", fix="write `- prune-heads: {ratio: 0.5}`"
+            f'"passes" is {items!r}', expected="a list of passes", fix="write `- prune-heads: {ratio: 0.5}`"
         )
     passes = [_make_pass(item, index) for index, item in enumerate(items)]
     task = values.get("task")
     if isinstance(task, dict) and "type" not in task:
+        foreign = sorted(set(map(str, task)) - set(FidelityOptions.model_fields))
+        if foreign:
+            raise RecipeError(
+                f'"task" has no type; without one it is fidelity, which has no key "{foreign[0]}"',
+                expected="a type that has it, or one of: " + ", ".join(sorted(FidelityOptions.model_fields)),
+                fix="add type to task; `headwise schema` lists the types and their keys",
+            )
         values = {**values, "task": {"type": "fidelity", **task}}
     try:
         return Recipe.model_validate({**values, "passes": passes})
     except ValidationError as error:
-        raise _explain(error, Recipe, ()) from error
+        raise explain(error, Recipe) from error
 
 
 def _make_pass(item: Any, index: int) -> Pass:
     named = {item: {}} if isinstance(item, str) else item
     if not isinstance(named, dict) or len(named) != 1:
         raise RecipeError(
-            f"passes.{index} is {item!r}",
+            f'"passes.{index}" is {item!r}',
             expected="one pass name with its options",
             fix="write `- prune-heads: {ratio: 0.5}`",
         )
@@ -220,53 +280,4 @@ def _make_pass(item: Any, index: int) -> Pass:
     try:
         return PASSES[name].model_validate(options or {})
     except ValidationError as error:
-        raise _explain(error, PASSES[name], ("passes", index, name)) from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...]) -> HeadwiseError:
-    """The first problem that pydantic found, in the words of the recipe."""
-    first = error.errors(include_url=False)[0]
-    location = tuple(first["loc"])
-    where = ".".join(str(part) for part in (*prefix, *location)) or "recipe"
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, HeadwiseError):
-        return cause
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
-        return RecipeError(
-            f'unknown key "{where}"{more}',
-            expected="one of: " + ", ".join(sorted(known)),
-            fix=did_you_mean(str(location[-1]), known),
-        )
-    if first["type"] == "missing":
-        return RecipeError(f'"{where}" is missing{more}', expected="this key", fix="add it to the recipe")
-    given = "" if isinstance(first["input"], dict | list | BaseModel) else f" (it is {first['input']!r})"
-    return RecipeError(
-        f'"{where}": {first["msg"]}{given}{more}',
-        expected="a value that `headwise schema` allows",
-        fix="correct the value; the schema says what each key means",
-    )
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> set[str]:
-    """Names of the fields of the model that a pydantic error location points into."""
-    found: list[type[BaseModel]] = [model]
-    for part in location:
-        inner = [cls for m in found if part in m.model_fields for cls in _models(m.model_fields[str(part)].annotation)]
-        tagged = [cls for cls in found if part in _tags(cls)]
-        found = inner or tagged or found
-    return {name for cls in found for name in cls.model_fields}
-
-
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    """Values of the ``type`` field that selects a member of a discriminated union."""
-    field = model.model_fields.get("type")
-    return () if field is None else typing.get_args(field.annotation)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Every pydantic model inside a type annotation."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for argument in typing.get_args(annotation) for model in _models(argument)]
+        raise explain(error, PASSES[name], ("passes", index, name)) from error

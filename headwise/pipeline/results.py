@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headwise.artifacts import Artifact, digest_file
-from headwise.errors import HeadwiseError, MachineError, MissingDependencyError
+from headwise.artifacts import Artifact, digest_file, write_atomic
+from headwise.errors import HeadwiseError, MachineError, MissingDependencyError, StorageError
 from headwise.gates.cost import device_name
 from headwise.gates.judge import GateSpec, Outcome, Verdict
 from headwise.gates.measure import Measurement
 from headwise.pipeline.monitor import Monitor
-from headwise.pipeline.report import SCHEMA, write_report
+from headwise.pipeline.report import SCHEMA, write_json
 from headwise.pipeline.store import installed_version
 from headwise.pipeline.workspace import Workspace
 
@@ -98,8 +98,10 @@ class Results:
 
     def expect(self, names: Sequence[tuple[str, str]]) -> None:
         """Name the (name, kind) of all stages beforehand, so that a report also lists those that never ran."""
+        # Engines share a number: one more target must not move, and so make again, the others.
+        last = sum(kind != "engine" for _, kind in names)
         self.stages = [
-            StageEntry(name=name, kind=kind, folder=f"{position:02d}-{name}")
+            StageEntry(name=name, kind=kind, folder=f"{min(position, last):02d}-{name}")
             for position, (name, kind) in enumerate(names)
         ]
 
@@ -125,16 +127,19 @@ class Results:
         finally:
             entry.seconds = time.perf_counter() - start
             self.monitor.finish(name, entry.line())
-            write_report(self.report(time.perf_counter() - self.started), self.folder)
+            write_json(self.report(time.perf_counter() - self.started), self.folder)
 
     def _unexpected(self, name: str, error: Exception) -> HeadwiseError:
         log = self.folder / "error.log"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(traceback.format_exception(error)))
+        where = f"see {log}"
+        try:
+            write_atomic(log, "".join(traceback.format_exception(error)))
+        except StorageError as full:
+            where = f"error.log could not be written either ({full.found})"
         return HeadwiseError(
             f"stage {name} failed: {type(error).__name__}: {error}",
             expected="a stage that ends",
-            fix=f"see {log}; finished stages are kept, the same command continues with this one",
+            fix=f"{where}; finished stages are kept, the same command continues with this one",
         )
 
     def decide(self, entry: StageEntry, verdicts: Sequence[Verdict], gate: GateSpec, *, can_roll_back: bool) -> bool:
@@ -208,6 +213,7 @@ class Results:
             "reason": reason,
             "checkpoint": {
                 "source": source.source,
+                "folder": str(source.folder.resolve()) if source.folder else None,
                 "digest": source.digest,
                 "kind": source.kind,
                 "model_type": source.model_type,

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, RecipeError
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import Recipe, load_recipe
 from headwise.pipeline.report import write_report
 from headwise.pipeline.results import Results, Stopped
-from headwise.pipeline.stages import Stages, check_targets, stage_names
+from headwise.pipeline.stages import Stages, check_targets
 from headwise.pipeline.store import Store
 from headwise.pipeline.workspace import Workspace
 
@@ -68,41 +68,59 @@ def compress(
     Raises:
         HeadwiseError: the recipe, the checkpoint or the data cannot be used, so that no stage began.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     folder = Path(out)
     watcher: Monitor = monitor or Silent()
     start = time.perf_counter()
     try:
+        watcher.start("load")
+        resolved = _resolve(recipe, overrides)
+        if require_engine_run and not resolved.targets:
+            raise RecipeError(
+                "an engine run is required, but the recipe has no targets",
+                expected="at least one target whose engine can be run",
+                fix="add targets: [sm86] to the recipe, or do not require it",
+            )
         workspace = Workspace(load_checkpoint(checkpoint), resolved)
-        check_targets(resolved)
         results = Results(workspace, folder, watcher, require_engine_run=require_engine_run)
         stages = Stages(workspace, results, Store(folder, watcher, resume=resume), watcher)
         _run_stages(resolved, stages, results)
+        watcher.start("report")
+        report = results.report(time.perf_counter() - start)
+        write_report(report, folder)
     finally:
         watcher.close()
-    report = results.report(time.perf_counter() - start)
-    write_report(report, folder)
     return Run(
         outcome=report["outcome"], exit_code=report["exit_code"], reason=report["reason"], folder=folder, report=report
     )
 
 
-def check(checkpoint: str | Path, recipe: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> str:
+def check(
+    checkpoint: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe, *, overrides: Sequence[str] = ()
+) -> str:
     """Everything that ``compress`` checks before the first stage, and the recipe with all defaults, as YAML.
 
     Raises:
         HeadwiseError: what ``compress`` would raise.
     """
-    resolved = load_recipe(recipe, overrides)
+    resolved = _resolve(recipe, overrides)
     workspace = Workspace(load_checkpoint(checkpoint), resolved)
     workspace.checkpoint.copy().view()
-    check_targets(resolved)
     return yaml.safe_dump(resolved.to_json(), sort_keys=False)
+
+
+def _resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe, with targets that can do what it asks of them."""
+    if isinstance(recipe, Recipe):
+        resolved = load_recipe(recipe.to_json(), overrides) if overrides else recipe
+    else:
+        resolved = load_recipe(recipe, overrides)
+    check_targets(resolved)
+    return resolved
 
 
 def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:
     """The flow. Every call ends with a gate; a gate that says stop ends the flow."""
-    results.expect(stage_names(recipe))
+    results.expect(recipe.stage_names())
     try:
         model, dense = stages.baseline()
         for index in range(len(recipe.passes)):

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from headwise.model.checkpoint import Checkpoint
-from headwise.model.families import family_of, longest_sequence
 
 
 def one_row(batch: Mapping[str, np.ndarray], dynamic: Mapping[str, tuple[int, ...]], length: int) -> dict[str, Any]:
@@ -36,7 +35,5 @@ def one_row(batch: Mapping[str, np.ndarray], dynamic: Mapping[str, tuple[int, ..
 
 def sequence_limit(checkpoint: Checkpoint) -> dict[str, int]:
     """``{"sequence": n}`` where the model has a longest sequence."""
-    if checkpoint.kind != "transformers":
-        return {}
-    longest = longest_sequence(family_of(checkpoint.model_type), checkpoint.module.config)
+    longest = checkpoint.longest_sequence()
     return {} if longest is None else {"sequence": longest}

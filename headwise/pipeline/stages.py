@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ from headwise.gates.cost import graph_cost
 from headwise.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from headwise.passes.base import run_pass
 from headwise.pipeline.gatekeeper import Gatekeeper
-from headwise.pipeline.monitor import Monitor
-from headwise.pipeline.recipe import Recipe
+from headwise.pipeline.monitor import Monitor, Steps
+from headwise.pipeline.recipe import Recipe, engine_stage
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.store import Make, Store, installed_version, versions
@@ -69,18 +69,6 @@ class Graph:
     scopes: tuple[str, ...]
 
 
-def stage_names(recipe: Recipe) -> list[tuple[str, str]]:
-    """(name, kind) of every stage of a run, in order. A pass that occurs again is numbered."""
-    names = [("baseline", "baseline")]
-    for index, pass_ in enumerate(recipe.passes):
-        earlier = sum(other.name == pass_.name for other in recipe.passes[:index])
-        names.append((pass_.name + (f"-{earlier + 1}" if earlier else ""), "pass"))
-    names.append(("onnx", "onnx"))
-    if recipe.export.precision != "fp32":
-        names.append((recipe.export.precision, "precision"))
-    return names + [(f"engine-{target}".replace("/", "-"), "engine") for target in recipe.targets]
-
-
 def check_targets(recipe: Recipe) -> None:
     """Raise TargetError for a target that cannot do what the recipe asks of it, before any work is done."""
     for target in recipe.targets:
@@ -116,7 +104,7 @@ class Stages:
         """Run one pass on a copy of the model; after a rollback the model goes on as it was."""
         recipe = self.workspace.recipe
         pass_ = recipe.passes[index]
-        with self.results.stage(stage_names(recipe)[1 + index][0]) as entry:
+        with self.results.stage(recipe.stage_names()[1 + index][0]) as entry:
             key = {
                 "parent": model.digest,
                 "pass": pass_.name,
@@ -174,7 +162,7 @@ class Stages:
     def build(self, graph: Graph, name: str) -> None:
         """Build the engine for one target, and run it through the task where its GPU is."""
         target, spec = resolve_target(name), self.workspace.recipe.export
-        with self.results.stage(f"engine-{name}".replace("/", "-")) as entry:
+        with self.results.stage(engine_stage(name)) as entry:
             check_target(target, graph.precision)
             profiles = profiles_for(graph.path, spec, sequence_limit(self.workspace.checkpoint))
             key = {
@@ -195,7 +183,7 @@ class Stages:
             try:
                 artifact = self._artifact(entry, key, make)
             except MachineError as error:
-                self.gatekeeper.could_not_run(entry, error.found)
+                self.gatekeeper.could_not_run(entry, f"{error.found}; {error.fix}")
                 return
             entry.engine = dict(artifact.info["engine"])
             entry.cost = {"file_bytes": (artifact.path / ENGINE).stat().st_size}
@@ -247,7 +235,7 @@ class Stages:
             workspace.calibration,
             seed=workspace.recipe.seed,
             batch_size=workspace.recipe.batch_size,
-            progress=_Progress(self.monitor, len(workspace.calibration)),
+            progress=Steps(self.monitor, len(workspace.calibration)),
         )
         save_checkpoint(checkpoint, view, folder / MODEL)
         return {"record": record.to_json()}
@@ -279,21 +267,6 @@ class Stages:
         shapes = {name: array.shape for name, array in self.gatekeeper.cost_row().items()}
         cost = graph_cost(path, shapes, attention_scopes=scopes)
         return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
-
-
-class _Progress:
-    """Turns (step, samples) of a pass into one bar per step."""
-
-    def __init__(self, monitor: Monitor, total: int) -> None:
-        self.monitor = monitor
-        self.total = total
-        self.step = ""
-        self.advance: Callable[[int], None] = lambda _: None
-
-    def __call__(self, step: str, samples: int) -> None:
-        if step != self.step:
-            self.step, self.advance = step, self.monitor.work(step, self.total)
-        self.advance(samples)
 
 
 def _why_not_here(target: Target) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ Make = Callable[[Path], Mapping[str, Any]]
 
 _BACKENDS = {
     "torch": ("torch", "transformers"),
-    "onnx": ("torch", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    "onnx": ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt-rtx", "tensorrt"),
 }
@@ -55,6 +56,9 @@ class Store:
             return found, ""
         if folder.exists():
             self.monitor.log(f"{name}: made again ({found.reason})")
+        for leftover in self.folder.glob(f".{name}.*"):
+            # Of a run that was killed while it wrote.
+            shutil.rmtree(leftover, ignore_errors=True)
         with building(folder) as temporary:
             info = make(temporary)
             seal(temporary, kind=kind, key=full, info=info)

@@ -9,9 +9,12 @@ from headwise.artifacts import digest_json
 from headwise.calibration.data import load_table, sample
 from headwise.calibration.stats import Stat
 from headwise.calibration.tasks import Examples, Task, make_task
-from headwise.errors import DataError
+from headwise.errors import DataError, RecipeError, did_you_mean
 from headwise.model.checkpoint import Checkpoint
 from headwise.pipeline.recipe import Recipe
+
+_COINCIDENCE = 0.05
+"""Share of the gate's samples that may also be calibration samples: short texts do occur twice in honest splits."""
 
 
 class Workspace:
@@ -26,13 +29,16 @@ class Workspace:
         calibration_digest: digest of the calibration samples; empty without any.
 
     Raises:
-        DataError: data are missing, do not fit the model, or calibration and gate use the same samples.
+        DataError: data are missing, do not fit the model, or calibration and gate share samples.
+        RecipeError: the gate names outputs or metrics that the task does not have.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.task: Task = make_task(recipe.task)
+        self._refuse_unknown_limits()
+        checkpoint.processor = recipe.task.processor or checkpoint.processor
         table = load_table(recipe.task.data, self.task.roles())
         self.examples: Examples = self.task.encode(table, checkpoint)
         self.data_digest = digest_json([table.digest, self.examples.digest])
@@ -47,17 +53,34 @@ class Workspace:
         assert spec is not None, "a recipe with passes has calibration data"
         labels = any(Stat.LOSS_GRADIENT in pass_.needs() for pass_ in self.recipe.passes)
         table = sample(load_table(spec.data, self.task.roles(labels=labels)), spec.samples, spec.seed)
-        self.calibration_digest = table.digest
-        return self.task.encode(table, self.checkpoint, labels=labels)
+        examples = self.task.encode(table, self.checkpoint, labels=labels)
+        self.calibration_digest = table.digest if labels else examples.digest
+        return examples
 
     def _refuse_shared_samples(self) -> None:
-        shared = self.calibration.shared_with(self.examples)
-        if shared == len(self.calibration):
+        seen = self.examples.shared_with(self.calibration)
+        if seen > _COINCIDENCE * len(self.examples):
             raise DataError(
-                f"all {shared} calibration samples are among the gate's samples",
-                expected="calibration and gate data without common samples: a model fitted to its judge always passes",
+                f"{seen} of the gate's {len(self.examples)} samples are also calibration samples",
+                expected="different samples: a model that is fitted to its judge always passes",
                 fix="calibrate on the training split and judge on the test split",
             )
+
+    def _refuse_unknown_limits(self) -> None:
+        """A limit that nothing is compared with would fail every stage, after minutes."""
+        gate, own = self.recipe.gate, self.task.metrics()
+        if not own:
+            return
+        outputs = {metric.output for metric in own}
+        metrics = {metric.metric for metric in own} | {"fidelity", "agreement"}
+        for section, names, known in (("outputs", gate.outputs, outputs), ("metrics", gate.metrics, metrics)):
+            for name in names:
+                if name not in known:
+                    raise RecipeError(
+                        f'gate.{section}: the task does not judge "{name}"',
+                        expected="one of: " + ", ".join(sorted(known)),
+                        fix=did_you_mean(name, known),
+                    )
 
     def data_json(self) -> dict[str, Any]:
         """Where the samples came from, for the report."""

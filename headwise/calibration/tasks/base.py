@@ -25,6 +25,8 @@ class TaskOptions(Spec):
 
     data: DataSpec
     """The samples that every stage is judged on."""
+    processor: str | None = None
+    """Directory or hub id of the tokenizer or image processor; by default the checkpoint's own."""
 
 
 class Task(Protocol):

@@ -27,6 +27,7 @@ class FidelityOptions(TaskOptions):
     """Agreement with the untouched model; columns ``text``, ``first`` and ``second``, ``image`` or model inputs."""
 
     type: Literal["fidelity"] = "fidelity"
+    """Always ``fidelity``: it chooses these keys."""
     outputs: tuple[str, ...] | None = None
     """The outputs to compare; by default every output with floating point numbers."""
     classes: tuple[str, ...] | None = None

@@ -25,6 +25,7 @@ class ClassHead(Spec):
     """An output with one score per class."""
 
     type: Literal["classification"]
+    """Always ``classification``: it chooses these keys."""
     metric: str = "accuracy"
     """``accuracy``, ``f1`` (mean over classes), ``matthews``, or ``module:function`` of (logits, class ids)."""
     higher_is_better: bool = True
@@ -44,6 +45,7 @@ class ValueHead(Spec):
     """An output with one number per sample."""
 
     type: Literal["regression"]
+    """Always ``regression``: it chooses these keys."""
     metric: str = "mse"
     """``mse``, ``mae``, ``r2``, ``spearman``, ``pearson``, or ``module:function`` of (values, labels)."""
     higher_is_better: bool = True
@@ -83,6 +85,7 @@ class MultiOutputOptions(_InputOptions):
     """Several outputs, each with its own labels, metric and verdict."""
 
     type: Literal["multi-output"]
+    """Always ``multi-output``: it chooses these keys."""
     outputs: dict[str, Head]
     """Output name -> what it is and which column it is compared with."""
 

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from headwise.calibration.data import Column, Table
 from headwise.calibration.tasks.examples import Array, Row
@@ -111,12 +110,7 @@ def token_limit(checkpoint: Checkpoint, tokenizer: Any, asked: int | None) -> in
     Raises:
         DataError: the recipe asks for more than the model has positions.
     """
-    config = getattr(checkpoint.module, "config", None)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    for name, module in checkpoint.module.named_modules():
-        # RoBERTa counts positions from its padding index on and so has fewer of them than its table has rows.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
+    positions = checkpoint.longest_sequence()
     if asked is not None and positions is not None and asked > positions:
         raise DataError(
             f"max_length is {asked}", expected=f"at most the model's {positions} positions", fix="lower max_length"
@@ -130,7 +124,7 @@ def token_limit(checkpoint: Checkpoint, tokenizer: Any, asked: int | None) -> in
 def _encode_images(checkpoint: Checkpoint, images: Column) -> Rows:
     names = checkpoint.input_names()
     name = "pixel_values" if "pixel_values" in names else names[0]
-    if checkpoint.kind != "transformers":
+    if checkpoint.kind != "transformers" and checkpoint.processor is None:
         return [{name: row} for row in _arrays("image", images, np.float32)], {}
     processor = checkpoint.image_processor()
     channels = getattr(getattr(checkpoint.module, "config", None), "num_channels", 3)

@@ -25,6 +25,7 @@ class LanguageOptions(TaskOptions):
     """Next-token prediction; column ``text``."""
 
     type: Literal["language-modeling"]
+    """Always ``language-modeling``: it chooses these keys."""
     metric: str = "nats"
     """``nats`` per token, ``perplexity``, or ``module:function`` of ((nats, tokens) per window, None)."""
     higher_is_better: bool = False

@@ -29,6 +29,7 @@ class SimilarityOptions(TaskOptions):
     """Cosine of sentence embeddings against scores; columns ``first``, ``second``, ``score``."""
 
     type: Literal["sentence-similarity"]
+    """Always ``sentence-similarity``: it chooses these keys."""
     metric: str = "spearman"
     """``spearman``, ``pearson``, or ``module:function`` of (cosines, scores)."""
     higher_is_better: bool = True
