@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 import torch
 
@@ -28,6 +29,9 @@ class Stat(StrEnum):
 
     HEAD_MEAN = "head-mean"
     """Per layer (N, H): mean head output over tokens."""
+
+    INPUT_MOMENT = "input-moment"
+    """Per layer (D + 1, D + 1): mean over tokens of ``x x^T``, x = the input of keys and values with a 1 behind it."""
 
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
@@ -102,6 +106,7 @@ class _Sums:
         self.tokens = [0] * len(view.attention)
         self.contribution = [torch.zeros(len(v.layout.query), dtype=torch.float64) for v in view.attention]
         self.mean = [torch.zeros(len(v.layout.query), v.layout.head_dim, dtype=torch.float64) for v in view.attention]
+        self.moments: dict[int, torch.Tensor] = {}
         self.gradients: list[torch.Tensor] = []
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
@@ -117,6 +122,8 @@ class _Sums:
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
             for layer in self.view.attention:
                 stack.enter_context(self._watched(layer, mask))
+                if Stat.INPUT_MOMENT in self.needs:
+                    stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, mask)))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -130,11 +137,7 @@ class _Sums:
     @contextmanager
     def _watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
         def see(heads: torch.Tensor) -> None:
-            tokens = (
-                heads.detach()[mask]
-                if mask is not None and mask.shape == heads.shape[:2]
-                else heads.detach().flatten(0, 1)
-            )
+            tokens = _valid(heads.detach(), mask)
             self.tokens[layer.index] += len(tokens)
             if Stat.HEAD_MEAN in self.needs:
                 self.mean[layer.index] += tokens.double().sum(0)
@@ -146,6 +149,11 @@ class _Sums:
 
         with layer.watch_heads(see):
             yield
+
+    def _add_moment(self, index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
+        tokens = _valid(inputs.detach(), mask).double()
+        tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+        self.moments[index] = self.moments.get(index, 0) + tokens.T @ tokens
 
     def _gate_gradient(self, value: torch.Tensor, gates: list[torch.Tensor]) -> torch.Tensor:
         """d value / d gates as (rows, M). Rows do not mix in the model, so each row's gradient is its own."""
@@ -164,6 +172,9 @@ class _Sums:
             every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
         if Stat.HEAD_MEAN in self.needs:
             every[Stat.HEAD_MEAN] = tuple(s / n for s, n in zip(self.mean, self.tokens, strict=True))
+        if Stat.INPUT_MOMENT in self.needs:
+            # The last entry counts the tokens.
+            every[Stat.INPUT_MOMENT] = tuple(m / m[-1, -1] for _, m in sorted(self.moments.items()))
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
@@ -178,3 +189,8 @@ class _Sums:
                         fix="look for broken samples in the calibration data, or for a model that overflows",
                     )
         return HeadStats(values=every, samples=samples, digest=digest)
+
+
+def _valid(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, ...) -> (tokens, ...), without padding where the mask speaks about these tokens."""
+    return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def to_onnx(
         names = list(run(module, inputs))
     shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in sample}
     try:
-        with _quiet(), _without_cache(module), _no_fastpath(), torch.no_grad():
+        with _quiet(), _without_cache(module), _no_fastpath(), _grouped_heads(), torch.no_grad():
             export = _export_transformers if isinstance(module, PreTrainedModel) else _export_plain
             model = export(module, inputs, shapes, names, opset)
     except Exception as error:  # the exporters raise anything, from TypeError to internal assertions
@@ -284,6 +285,21 @@ def _without_cache(module: torch.nn.Module) -> Iterator[None]:
     finally:
         if previous:
             config.use_cache = previous  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _grouped_heads() -> Iterator[None]:
+    """With a mask, transformers repeats kv heads in memory for torch's kernels; the operator ``Attention`` need not."""
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    previous = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous
 
 
 @contextlib.contextmanager

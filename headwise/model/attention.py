@@ -16,7 +16,7 @@ class MultiHeadAttention(nn.Module):
     width, N heads, H head_dim.
 
     Attributes:
-        q_proj: (N * H, D); likewise ``k_proj`` (N * H, kdim) and ``v_proj`` (N * H, vdim).
+        q_proj: (N * H, D); ``k_proj`` (K * H, kdim) and ``v_proj`` (K * H, vdim) with K kv heads, at first N.
         out_proj: (D, N * H).
     """
 
@@ -67,11 +67,12 @@ class MultiHeadAttention(nn.Module):
         v = self._heads(self.v_proj(value))
         mask = self._mask(q, attn_mask, key_padding_mask)
         causal = is_causal and mask is None
+        grouped = k.shape[1] < q.shape[1]
         dropout = self.dropout if self.training else 0.0
         mixed, weights = (
             self._attend_with_weights(q, k, v, mask, causal)
             if need_weights
-            else (F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None)
+            else (F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped), None)
         )
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
@@ -107,6 +108,7 @@ class MultiHeadAttention(nn.Module):
     def _attend_with_weights(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

@@ -32,8 +32,8 @@ from headwise.model.sources import (
     fresh,
     fresh_class,
     from_pretrained,
+    quietly,
     refuse_broken_weights,
-    without_progress_bars,
 )
 from headwise.model.view import ModelView, longest_sequence
 
@@ -97,7 +97,11 @@ class Checkpoint:
         Raises:
             DataError: it has none, so that text cannot be fed to it.
         """
-        return self._processor(transformers.AutoTokenizer, "tokenizer", "text")
+        found = self._processor(transformers.AutoTokenizer, "tokenizer", "text")
+        # Where the directory has no tokenizer files, transformers makes up one without words: all texts are the same.
+        if len(found) <= len(set(found.all_special_ids)):
+            raise self._without("tokenizer", "text", "its vocabulary is empty or missing")
+        return found
 
     def image_processor(self) -> Any:
         """The checkpoint's image processor; DataError where it has none."""
@@ -112,7 +116,10 @@ class Checkpoint:
                 reason = str(error).splitlines()[0]
         else:
             reason = "a plain module has none of its own"
-        raise DataError(
+        raise self._without(what, data, reason)
+
+    def _without(self, what: str, data: str, reason: str) -> DataError:
+        return DataError(
             f"no {what} in {self.source}: {reason}",
             expected=f"a {what}, because the recipe's data are {data}",
             fix="name its directory in task.processor, or give arrays named after the model's inputs",
@@ -129,7 +136,7 @@ def load_checkpoint(ref: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing usable is there, or a weight is NaN or infinite.
     """
-    with without_progress_bars():
+    with quietly():
         found = _find(str(ref))
     found.module.eval().requires_grad_(False)
     refuse_broken_weights(found.module, found.source)
@@ -194,7 +201,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
             for name, count in counted.items():
                 setattr(config, name, count(next(iter(layout))))
         # The original format renames weights in a way that only the stock loader undoes.
-        with without_progress_bars():
+        with quietly():
             module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
     finally:
         module.config = original
@@ -205,11 +212,14 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
 
 def _stock_config(view: ModelView) -> Mapping[str, Count]:
     """Entries of the model's own config that can express head counts, where all layers are of one family."""
-    configs = [layer.family.config for layer in view.attention]
-    return next(iter(configs)) if all(config == next(iter(configs)) for config in configs) else {}
+    first, *rest = [layer.family.config for layer in view.attention]
+    grouped = any(layer.group > 1 for layer in view.layout)
+    if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):
+        return {}
+    return first
 
 
-def _per_layer_config(view: ModelView) -> dict[str, dict[str, int]]:
+def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
     """Head counts in the schema of transformers' ``per_layer_config``."""
     return {
         str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from headwise.errors import UnsupportedModelError, did_you_mean
 from headwise.model.layout import AttentionLayout
 
-Count = Callable[[AttentionLayout], int]
+Count = Callable[[AttentionLayout], int | list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Family:
         fused: query, key and value are the thirds of one matrix, named by ``query``.
         transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
         causal: every token sees only itself and earlier tokens.
+        rotary: queries and keys are rotated by their position, in pairs of coordinates half a head apart.
+        qk_norm: queries and keys are normalised between projection and score.
         bookkeeping: attributes of the attention module that depend on the head counts.
         padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
@@ -48,6 +50,8 @@ class Family:
     fused: bool = False
     transposed: bool = False
     causal: bool = False
+    rotary: bool = False
+    qk_norm: bool = False
     padding_positions: bool = False
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
@@ -76,6 +80,11 @@ def _head_dim(layout: AttentionLayout) -> int:
     return layout.head_dim
 
 
+def _fused_widths(layout: AttentionLayout) -> list[int]:
+    kv_width = len(layout.kv) * layout.head_dim
+    return [_query_width(layout), kv_width, kv_width]
+
+
 def _query_width(layout: AttentionLayout) -> int:
     return len(layout.query) * layout.head_dim
 
@@ -90,7 +99,11 @@ BERT = Family(
     value="self.value",
     output="output.dense",
     head_dim="self.attention_head_size",
-    bookkeeping={"self.num_attention_heads": _queries, "self.all_head_size": _query_width},
+    bookkeeping={
+        "self.num_attention_heads": _queries,
+        "self.all_head_size": _query_width,
+        "self.num_key_value_groups": _group,
+    },
 )
 
 ROBERTA = replace(BERT, name="roberta", model_types=("roberta",), padding_positions=True)
@@ -105,7 +118,7 @@ DISTILBERT = Family(
     value="v_lin",
     output="out_lin",
     head_dim="attention_head_size",
-    bookkeeping={"n_heads": _queries},
+    bookkeeping={"n_heads": _queries, "num_key_value_groups": _group},
 )
 
 VIT = Family(
@@ -118,7 +131,7 @@ VIT = Family(
     value="v_proj",
     output="o_proj",
     head_dim="head_dim",
-    bookkeeping={"num_attention_heads": _queries},
+    bookkeeping={"num_attention_heads": _queries, "num_key_value_groups": _group},
     config={"num_attention_heads": _queries, "head_dim": _head_dim},
 )
 
@@ -135,12 +148,12 @@ GPT2 = Family(
     fused=True,
     transposed=True,
     causal=True,
-    bookkeeping={"num_heads": _queries, "split_size": _query_width},
+    bookkeeping={"num_heads": _queries, "split_size": _fused_widths, "num_key_value_groups": _group},
 )
 
 LLAMA = Family(
     name="llama",
-    model_types=("llama", "qwen2", "qwen3", "mistral"),
+    model_types=("llama", "qwen2", "mistral"),
     blocks="layers.*",
     attention="self_attn",
     query="q_proj",
@@ -149,9 +162,12 @@ LLAMA = Family(
     output="o_proj",
     head_dim="head_dim",
     causal=True,
+    rotary=True,
     bookkeeping={"num_key_value_groups": _group},
     config={"num_attention_heads": _queries, "num_key_value_heads": _kvs, "head_dim": _head_dim},
 )
+
+QWEN3 = replace(LLAMA, name="qwen3", model_types=("qwen3",), qk_norm=True)
 
 PLAIN = Family(
     name="torch",
@@ -166,7 +182,9 @@ PLAIN = Family(
 """Modules built on ``nn.MultiheadAttention``; its layers are found by type, whatever the modules around them."""
 
 FAMILIES: Mapping[str, Family] = {
-    model_type: family for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA) for model_type in family.model_types
+    model_type: family
+    for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA, QWEN3)
+    for model_type in family.model_types
 }
 
 

@@ -116,8 +116,51 @@ class DropHeads:
         return cls(layer=int(data["layer"]), query=tuple(data["query"]))
 
 
-Edit = DropHeads
-EDITS: Mapping[str, type[Edit]] = {DropHeads.type: DropHeads}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareKV:
+    """Let several kv heads of one layer become one, which keeps the id of the first; query heads stay, regrouped.
+
+    Attributes:
+        layer: index of the attention layer.
+        groups: original ids of the kv heads that become one, in the storage order of the new heads.
+    """
+
+    type: ClassVar[str] = "share-kv"
+    layer: int
+    groups: tuple[tuple[int, ...], ...]
+
+    def check(self, layout: AttentionLayout) -> None:
+        """Raise PlanError unless every kv head is in one group and all groups have equally many."""
+        members = [head for group in self.groups for head in group]
+        if sorted(members) != sorted(layout.kv):
+            raise PlanError(
+                f"layer {self.layer} has kv heads {list(layout.kv)}, the groups hold {members}",
+                expected="every kv head in exactly one group",
+                fix="plan on the layout that the model has now; heads keep their original ids",
+            )
+        sizes = sorted({len(group) for group in self.groups})
+        if len(sizes) > 1:
+            raise PlanError(
+                f"layer {self.layer} would have groups of {sizes} kv heads",
+                expected="equally many in every group, so that every shared head serves equally many query heads",
+                fix=f"choose a number of kv heads that divides {len(layout.kv)}",
+            )
+
+    def apply(self, layout: AttentionLayout) -> AttentionLayout:
+        readers = dict(zip(layout.kv, layout.units(), strict=True))
+        query = tuple(head for group in self.groups for kv in group for head in readers[kv])
+        return replace(layout, query=query, kv=tuple(group[0] for group in self.groups))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "groups": [list(group) for group in self.groups]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShareKV:
+        return cls(layer=int(data["layer"]), groups=tuple(tuple(group) for group in data["groups"]))
+
+
+Edit = DropHeads | ShareKV
+EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,13 +116,15 @@ def refuse_broken_weights(module: nn.Module, source: str) -> None:
 
 
 @contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file, over the bars of the pipeline."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+def quietly() -> Iterator[None]:
+    """transformers draws a bar for every file, and reports at length on weights that are checked here anyway."""
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
-            bars.enable_progress_bar()
+            logging.enable_progress_bar()

@@ -5,17 +5,44 @@ Shape letters: D model width, N query heads, K kv heads, H head_dim.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from headwise.errors import SurgeryError
-from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout
+from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, ShareKV
 from headwise.model.view import AttentionView, ModelView, Projections, assign, attribute
 
 
-def apply(model: ModelView, plan: EditPlan) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedKV:
+    """The numbers of a ``ShareKV`` edit.
+
+    Attributes:
+        key: (G, H, D) shared key heads, in the order of the edit's groups; ``value``: the same for values.
+        key_bias: (G, H), or None where keys have no bias; ``value_bias``: the same for values.
+        key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
+            of its group, up to what the merge loses; ``value_maps``: the same for values.
+        output_bias: (D,) to add to the output bias; None where there is none.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_bias: torch.Tensor | None
+    value_bias: torch.Tensor | None
+    key_maps: torch.Tensor
+    value_maps: torch.Tensor
+    output_bias: torch.Tensor | None
+
+
+Payloads = Mapping[int, SharedKV]
+"""Position of an edit in its plan -> the numbers that it needs; edits that only select need none."""
+
+
+def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> None:
     """Make the plan's edits, in order, in place.
 
     Raises:
@@ -24,8 +51,13 @@ def apply(model: ModelView, plan: EditPlan) -> None:
     """
     plan.check(model.layout)
     predicted = plan.predict(model.layout)
-    for edit in plan.edits:
-        drop_heads(model.attention[edit.layer], edit)
+    for position, edit in enumerate(plan.edits):
+        layer = model.attention[edit.layer]
+        match edit:
+            case DropHeads():
+                drop_heads(layer, edit)
+            case ShareKV():
+                share_kv(layer, edit, (payloads or {})[position])
     counted = tuple(view.count() for view in model.attention)
     for view, want, have in zip(model.attention, predicted, counted, strict=True):
         if view.layout != want or (len(have.query), len(have.kv)) != (len(want.query), len(want.kv)):
@@ -34,6 +66,77 @@ def apply(model: ModelView, plan: EditPlan) -> None:
                 expected=f"{len(want.query)} and {len(want.kv)}, as planned",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
+
+
+@contextmanager
+def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
+    """Let the unedited model compute what the edited one must compute, without removing or moving anything.
+
+    Dropped heads are gated to zero. Shared heads are written out for each of their readers.
+    """
+    with ExitStack() as stack:
+        for layer in model.attention:
+            gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
+            gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
+            stack.enter_context(layer.gate(torch.tensor(gates, dtype=layer.read().output.dtype)))
+        for position, edit in enumerate(plan.edits):
+            if isinstance(edit, ShareKV):
+                stack.enter_context(_written_out(model.attention[edit.layer], edit, (payloads or {})[position]))
+        yield
+
+
+@contextmanager
+def _written_out(view: AttentionView, edit: ShareKV, shared: SharedKV) -> Iterator[None]:
+    old, layout = view.read(), view.layout
+    group_of = {head: index for index, group in enumerate(edit.groups) for head in group}
+    groups = [group_of[head] for head in layout.kv]
+    bias = old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias)
+    write(
+        view,
+        replace(
+            old,
+            key=_mapped(shared.key_maps, shared.key[groups]),
+            value=_mapped(shared.value_maps, shared.value[groups]),
+            key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
+            value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
+            output_bias=bias,
+        ),
+        layout,
+    )
+    try:
+        yield
+    finally:
+        write(view, old, layout)
+
+
+def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
+    """Put one kv head in the place of each group; its maps move into the queries and the output projection."""
+    old, layout = view.read(), edit.apply(view.layout)
+    order = [view.layout.query.index(head) for head in layout.query]
+    reads = [index // view.layout.group for index in order]
+    key_maps, value_maps = shared.key_maps[reads], shared.value_maps[reads]
+    query_bias = None if old.query_bias is None else _mapped(key_maps.mT, old.query_bias[order])
+    new = Projections(
+        query=_mapped(key_maps.mT, old.query[order]),
+        key=shared.key,
+        value=shared.value,
+        output=torch.einsum("dnh,nhi->dni", old.output[:, order].double(), value_maps.double()),
+        query_bias=query_bias,
+        key_bias=shared.key_bias,
+        value_bias=shared.value_bias,
+        output_bias=old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias),
+    )
+    write(view, new, layout)
+
+
+def _mapped(maps: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """(J, H, H) times (J, H, D) or (J, H), in float64."""
+    return torch.einsum("jab,jb...->ja...", maps.double(), heads.double())
+
+
+def _added(bias: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
+    assert bias is not None, "a constant is only folded where there is an output bias"
+    return bias.double() + delta.double()
 
 
 def drop_heads(view: AttentionView, edit: DropHeads) -> None:

@@ -69,13 +69,9 @@ class AttentionView:
     def count(self) -> AttentionLayout:
         """The layout that the weights have now, with heads numbered by position."""
         head_dim = int(attribute(self.module, self.family.head_dim))
-        output = self._matrix(self.output)[0]
-        queries = output.shape[1] // head_dim
-        kvs = (
-            queries
-            if self.family.fused
-            else self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
-        )
+        queries = self._matrix(self.output)[0].shape[1] // head_dim
+        rows = self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
+        kvs = (rows - queries) // 2 if self.family.fused else rows
         return AttentionLayout(query=tuple(range(queries)), kv=tuple(range(kvs)), head_dim=head_dim)
 
     @property
@@ -97,8 +93,9 @@ class AttentionView:
         H = self.layout.head_dim
         if family.fused:
             weight, bias = self._matrix(attribute(self.module, family.query))
-            weights = weight.chunk(3)
-            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            sizes = [H * n for n in (len(self.layout.query), len(self.layout.kv), len(self.layout.kv))]
+            weights = weight.split(sizes)
+            biases = (None,) * 3 if bias is None else bias.split(sizes)
         else:
             parts = [self._matrix(attribute(self.module, p)) for p in (family.query, family.key, family.value)]
             weights, biases = zip(*parts, strict=True)
@@ -140,6 +137,16 @@ class AttentionView:
             see(args[0].unflatten(-1, (-1, self.layout.head_dim)))
 
         with _hooked(self.output.register_forward_pre_hook(seen)):
+            yield
+
+    @contextmanager
+    def watch_input(self, see: See) -> Iterator[None]:
+        """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
+
+        def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
+            see(args[0])
+
+        with _hooked(attribute(self.module, self.family.key).register_forward_pre_hook(seen)):
             yield
 
     @contextmanager

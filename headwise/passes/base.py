@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -18,7 +17,8 @@ from headwise.calibration.tasks import Examples, Task
 from headwise.errors import SurgeryError
 from headwise.model import surgery
 from headwise.model.forward import run, to_torch
-from headwise.model.layout import EditPlan, Layout
+from headwise.model.layout import DropHeads, EditPlan, Layout
+from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
 from headwise.spec import Spec
 from headwise.tolerances import TWIN
@@ -51,6 +51,11 @@ class Pass(Spec):
         Raises:
             PlanError: the options cannot be met on this model.
         """
+
+    def payloads(self, view: ModelView, stats: HeadStats, plan: EditPlan) -> Payloads:
+        """The numbers that edits of the plan need, from weights and statistics alone."""
+        del view, stats, plan
+        return {}
 
     def recovery(self) -> Recovery | None:
         """What to repair in closed form after the edits."""
@@ -156,10 +161,12 @@ def run_pass(
     before = view.layout
     plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
     inputs = to_torch(examples.example_batch())
-    twin = _twin_outputs(view, plan, inputs)
+    payloads = pass_.payloads(view, stats, plan)
+    with surgery.twin(view, plan, payloads), torch.inference_mode():
+        twin = run(view.module, inputs)
     folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
     bystanders = _versions(view)
-    surgery.apply(view, plan)
+    surgery.apply(view, plan, payloads)
     twin_error = _require_exact(view, twin, inputs)
     fits: list[Mapping[str, float]] = []
     recovery = pass_.recovery()
@@ -167,7 +174,7 @@ def run_pass(
         if recovery.fold_mean:
             _fold(view, folded)
         if recovery.refit:
-            fits = _refit(view, teacher, plan, recovery.ridge, examples, batch_size, progress)
+            fits = _refit(view, teacher, plan, recovery.ridge, examples, batch_size=batch_size, progress=progress)
     if _versions(view) != bystanders:
         raise SurgeryError(
             "a weight outside the attention layers changed",
@@ -185,16 +192,6 @@ def run_pass(
         refit=tuple(fits),
         seconds=time.perf_counter() - start,
     )
-
-
-def _twin_outputs(view: ModelView, plan: EditPlan, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of the unedited model with the gates of all heads that will be removed at zero."""
-    with ExitStack() as stack, torch.inference_mode():
-        for layer in view.attention:
-            gone = {head for edit in plan.edits if edit.layer == layer.index for head in edit.query}
-            gates = torch.tensor([0.0 if head in gone else 1.0 for head in layer.layout.query])
-            stack.enter_context(layer.gate(gates))
-        return run(view.module, inputs)
 
 
 def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> float:
@@ -227,6 +224,8 @@ def _mean_of_removed(view: ModelView, plan: EditPlan, stats: HeadStats) -> dict[
     """Layer -> (D,) what its removed heads add to the residual stream on average."""
     folded: dict[int, torch.Tensor] = {}
     for edit in plan.edits:
+        if not isinstance(edit, DropHeads):
+            continue
         layer = view.attention[edit.layer]
         heads = [layer.layout.query.index(head) for head in edit.query]
         weight = layer.read().output[:, heads].double()
@@ -249,6 +248,7 @@ def _refit(
     plan: EditPlan,
     ridge: float,
     examples: Examples,
+    *,
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, float]]:

@@ -53,22 +53,40 @@ def plan_passes(
 
 
 def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
-    """The same for a terminal: per layer, the heads with their scores, removed ones struck out."""
+    """The same for a terminal: per layer the counts before and after, and what would become of which head."""
     parts: list[RenderableType] = [] if plans else [Text("the recipe has no passes")]
     for entry in plans:
-        scores = entry["plan"]["scores"]
-        table = Table(
-            "layer", "query heads", "kv heads", f"{scores['name']} score of every head, removed ones crossed out"
-        )
+        table = Table("layer", "query heads", "kv heads", _heading(entry["plan"]))
         for layer, (before, after) in enumerate(zip(entry["before"], entry["after"], strict=True)):
-            cells = Text()
-            for head in before["query"]:
-                gone = head not in after["query"]
-                cells.append(f"{head}:{scores['layers'][layer][str(head)]:.3g}", style="strike red" if gone else "")
-                cells.append("  ")
             counts = (f"{len(before[key])} -> {len(after[key])}" for key in ("query", "kv"))
-            table.add_row(str(layer), *counts, cells)
-        removed = sum(len(edit["query"]) for edit in entry["plan"]["edits"])
-        total = sum(len(before["query"]) for before in entry["before"])
-        parts += [Text(f"{entry['pass']}: {removed} of {total} query heads would go", style="bold"), table]
+            table.add_row(str(layer), *counts, _heads(entry["plan"], layer, before, after))
+        parts += [Text(_title(entry), style="bold"), table]
     return Group(*parts)
+
+
+def _title(entry: dict[str, Any]) -> str:
+    gone = {
+        key: sum(len(b[key]) - len(a[key]) for b, a in zip(entry["before"], entry["after"], strict=True))
+        for key in ("query", "kv")
+    }
+    totals = {key: sum(len(before[key]) for before in entry["before"]) for key in ("query", "kv")}
+    counts = ", ".join(f"{gone[key]} of {totals[key]} {key} heads" for key in ("query", "kv") if gone[key])
+    return f"{entry['pass']}: {counts or 'no heads'} would go"
+
+
+def _heading(plan: dict[str, Any]) -> str:
+    if plan["scores"] is None:
+        return "kv heads that become one"
+    return f"{plan['scores']['name']} score of every head, removed ones crossed out"
+
+
+def _heads(plan: dict[str, Any], layer: int, before: dict[str, Any], after: dict[str, Any]) -> Text:
+    if plan["scores"] is None:
+        groups = [group for edit in plan["edits"] if edit["layer"] == layer for group in edit.get("groups", ())]
+        return Text("  ".join("+".join(map(str, group)) for group in groups) or "unchanged")
+    cells = Text()
+    for head in before["query"]:
+        gone = head not in after["query"]
+        cells.append(f"{head}:{plan['scores']['layers'][layer][str(head)]:.3g}", style="strike red" if gone else "")
+        cells.append("  ")
+    return cells
