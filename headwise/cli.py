@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ model.
 
 
 def _errors_to_exit_codes(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Print a headwise error without a traceback and end with its exit code; 130 for Ctrl-C."""
+    """End with the exit code of a headwise error, without a traceback; 130 for Ctrl-C.
+
+    Whatever else is raised is a bug: it keeps its traceback, and ends with 3, for 1 means that a gate said no.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -41,6 +46,17 @@ def _errors_to_exit_codes(command: Callable[..., int | None]) -> Callable[..., N
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(130)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            click.echo(traceback.format_exc(), err=True)
+            click.secho(
+                f"error: {type(error).__name__}: {error}\n  expected: this command to end with a result or a reason\n"
+                "  do this:  this is a bug in headwise; please report it with the lines above",
+                err=True,
+                fg="red",
+            )
+            sys.exit(3)
 
     return wrapped
 
@@ -55,35 +71,38 @@ def main() -> None:
 @click.option("--out", default="headwise-demo", show_default=True, help="Folder for the model, its data and the run.")
 @_errors_to_exit_codes
 def demo(out: str) -> int:
-    """Train a small two-headed vision transformer and compress it, from digits to a TensorRT engine.
+    """Train a small two-headed model and compress it.
 
     Takes about two minutes on two CPU cores and needs no download. Copy DIR/recipe.yaml as a start for your own.
     """
-    from headwise.demo.run import run_demo
-    from headwise.pipeline.monitor import RichMonitor
-    from headwise.pipeline.report import terminal
+    with _monitor() as monitor:
+        from headwise.demo.run import run_demo
+        from headwise.pipeline.report import terminal
 
-    console = _console()
-    run = run_demo(Path(out), RichMonitor(console))
-    console.print(terminal(run.report))
-    console.print(f"Everything is in {run.folder.parent}: start from recipe.yaml, read {run.folder / 'report.html'}")
+        run = run_demo(Path(out), monitor)
+    _show(terminal(run.report))
+    click.echo(f"Your own recipe can start from {Path(out) / 'recipe.yaml'}\nReport: {run.folder / 'report.html'}")
     return run.exit_code
 
 
 @main.command(epilog=CHECKPOINT_HELP)
 @click.argument("checkpoint")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--sequence", default=128, show_default=True, help="Tokens to count multiply-accumulates for.")
+@click.option(
+    "--sequence",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens to count multiply-accumulates for.",
+)
 @_errors_to_exit_codes
 def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
-    """Show the attention layers of a checkpoint and what the model costs."""
-    from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
+    """Show the attention layers and the cost of a checkpoint."""
+    with _monitor():
+        from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
 
-    found = inspect_checkpoint(checkpoint, sequence)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        _console().print(inspection_table(found))
+        found = inspect_checkpoint(checkpoint, sequence)
+    _show_or_dump(found, inspection_table, as_json=as_json)
 
 
 @main.command(epilog=CHECKPOINT_HELP)
@@ -93,14 +112,15 @@ def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_errors_to_exit_codes
 def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what the passes of a recipe would remove, and why. Changes nothing."""
-    from headwise.pipeline.planning import plan_passes, plan_table
+    """Show what the passes of a recipe would remove, and why.
 
-    plans = plan_passes(checkpoint, recipe, overrides)
-    if as_json:
-        click.echo(json.dumps(plans, indent=2))
-    else:
-        _console().print(plan_table(plans))
+    Changes nothing and writes nothing.
+    """
+    with _monitor() as monitor:
+        from headwise.pipeline.planning import plan_passes, plan_table
+
+        plans = plan_passes(checkpoint, recipe, overrides, monitor=monitor)
+    _show_or_dump(plans, plan_table, as_json=as_json)
 
 
 @main.command(epilog=CHECKPOINT_HELP + EXIT_CODES)
@@ -121,26 +141,32 @@ def compress(
     dry_run: bool,
     require_engine_run: bool,
 ) -> int:
-    """Run a recipe on a checkpoint: passes, ONNX, precision, engines, with a gate after each."""
-    from headwise.pipeline.monitor import RichMonitor
-    from headwise.pipeline.report import terminal
-    from headwise.pipeline.run import check, compress
+    """Run a recipe on a checkpoint, with a gate after every stage.
 
-    console = _console()
+    The stages are the passes, the ONNX graph, its precision and the engines. The same command continues a run that
+    was interrupted, and makes again only what a change to its inputs asks for.
+    """
+    with _monitor() as monitor:
+        from headwise.pipeline.report import terminal
+        from headwise.pipeline.run import check, compress
+
+        if dry_run:
+            resolved = check(checkpoint, recipe, overrides=overrides)
+        else:
+            run = compress(
+                checkpoint,
+                recipe,
+                out,
+                overrides=overrides,
+                resume=not no_resume,
+                require_engine_run=require_engine_run,
+                monitor=monitor,
+            )
     if dry_run:
-        click.echo(check(checkpoint, recipe, overrides=overrides))
+        click.echo(resolved)
         return 0
-    run = compress(
-        checkpoint,
-        recipe,
-        out,
-        overrides=overrides,
-        resume=not no_resume,
-        require_engine_run=require_engine_run,
-        monitor=RichMonitor(console),
-    )
-    console.print(terminal(run.report))
-    console.print(f"Report: {run.folder / 'report.html'}")
+    _show(terminal(run.report))
+    click.echo(f"Report: {run.folder / 'report.html'}")
     return run.exit_code
 
 
@@ -152,17 +178,15 @@ def compress(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @_errors_to_exit_codes
 def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Measure one artifact with the recipe's task: a checkpoint, a model.onnx or an engine.
+    """Measure a checkpoint, a graph or an engine with a recipe's task.
 
     A graph or an engine from a run knows its checkpoint; name it with --reference otherwise.
     """
-    from headwise.pipeline.evaluation import evaluate_artifact, evaluation_table
+    with _monitor() as monitor:
+        from headwise.pipeline.evaluation import evaluate_artifact, evaluation_table
 
-    found = evaluate_artifact(artifact, recipe, reference=reference, overrides=overrides)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        _console().print(evaluation_table(found))
+        found = evaluate_artifact(artifact, recipe, reference=reference, overrides=overrides, monitor=monitor)
+    _show_or_dump(found, evaluation_table, as_json=as_json)
     return int(found["exit_code"])
 
 
@@ -179,7 +203,7 @@ def report(directory: Path, form: str | None) -> None:
 
     found = reports.read_report(directory)
     if form is None:
-        _console().print(reports.terminal(found))
+        _show(reports.terminal(found))
     else:
         click.echo({"html": html, "markdown": reports.markdown, "junit": reports.junit}[form](found))
 
@@ -189,7 +213,7 @@ def passes() -> None:
     """List the passes that a recipe can use, with their options."""
     from headwise.pipeline.catalogue import passes_table
 
-    _console().print(passes_table())
+    _show(passes_table())
 
 
 @main.command()
@@ -200,7 +224,26 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _console() -> Any:
+@contextmanager
+def _monitor() -> Iterator[Any]:
+    """Progress on the error output, so that the standard output holds the result alone; begins before torch loads."""
     from rich.console import Console
 
-    return Console()
+    from headwise.pipeline.monitor import RichMonitor
+
+    with RichMonitor(Console(stderr=True)) as monitor:
+        monitor.start("load")
+        yield monitor
+
+
+def _show(result: Any) -> None:
+    from rich.console import Console
+
+    Console().print(result)
+
+
+def _show_or_dump(found: Any, table: Callable[[Any], Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        _show(table(found))

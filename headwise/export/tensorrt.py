@@ -223,17 +223,16 @@ def _check_profiles(onnx_path: Path, profiles: Profiles) -> None:
 
 
 def _check_machine(target: Target) -> None:
-    if importlib.util.find_spec(_MODULES[target.runtime]) is None:
-        raise _missing(target.runtime, "no such package")
-    if target.runtime != FULL:
-        return
-    here = gpu()
-    if here is None or here.sm != target.sm:
+    here = gpu() if target.runtime == FULL else None
+    # First the device: on any other, installing the package would not help.
+    if target.runtime == FULL and (here is None or here.sm != target.sm):
         raise MachineError(
             f"no GPU of sm{target.sm}" if here is None else f"{here.name} is sm{here.sm}, not sm{target.sm}",
             expected=f"the device itself: tensorrt builds engines only for the GPU that it runs on ({target.name})",
             fix="run this step on the device; the ONNX graph of this run is all that it needs",
         )
+    if importlib.util.find_spec(_MODULES[target.runtime]) is None:
+        raise _missing(target.runtime, "no such package")
 
 
 def _refused(reason: str, graph: Path, target: Target) -> EngineError:

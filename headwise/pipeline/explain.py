@@ -40,9 +40,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str | 
             f'unknown key "{where}"{more}', expected=f"one of: {', '.join(sorted(known))}", fix=did_you_mean(key, known)
         )
     if kind in ("missing", "union_tag_not_found"):
-        choices = ", ".join(tag for cls in models for tag in _tags(cls)) if kind != "missing" else ""
-        where += ".type" if choices else ""
-        expected = f"one of: {choices}" if choices else "a value for this key"
+        tags = ", ".join(tag for cls in models for tag in _tags(cls)) if kind != "missing" else ""
+        where += ".type" if tags else ""
+        expected = f"one of: {tags}" if tags else "a value for this key"
         return RecipeError(f'"{where}" is missing{more}', expected=expected, fix="add it to the recipe")
     if kind in ("literal_error", "union_tag_invalid"):
         choices = re.findall("'([^']*)'", str(context.get("expected_tags") or context.get("expected")))

@@ -68,6 +68,8 @@ class RichMonitor:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            # Into a file go the lines of the stages alone.
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> RichMonitor:

@@ -20,7 +20,6 @@ from headwise.passes.base import Pass
 from headwise.pipeline.explain import explain
 from headwise.spec import Spec
 
-
 KINDS = ("baseline", "pass", "onnx", "precision", "engine")
 """What a stage can be."""
 

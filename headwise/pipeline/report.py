@@ -106,7 +106,7 @@ def terminal(report: Report) -> RenderableType:
     ]
     if summary.cost_columns(report):
         parts.append(_cost_table(report))
-    parts += [Text(f"Latency: {note}", style="dim") for note in summary.latency_notes(report)]
+    parts += [Text(note, style="dim") for note in summary.notes(report)]
     for stage, reason in summary.problems(report):
         parts.append(Text.assemble((f"{stage}: ", "bold"), reason))
     return Group(*parts)
@@ -194,7 +194,7 @@ def _markdown_cost(report: Report) -> list[str]:
         for stage in report["stages"]
     ]
     table = _markdown_table(("Stage", *(COSTS[name] for name in columns), "Took"), rows)
-    notes = [line for note in summary.latency_notes(report) for line in (f"Latency: {note}.", "")]
+    notes = [line for note in summary.notes(report) for line in (f"{note}.", "")]
     return ["## Cost", "", *table, *notes]
 
 

@@ -80,7 +80,7 @@ def compress(
                 expected="at least one target whose engine can be run",
                 fix="add targets: [sm86] to the recipe, or do not require it",
             )
-        workspace = Workspace(load_checkpoint(checkpoint), resolved)
+        workspace = _workspace(checkpoint, resolved)
         results = Results(workspace, folder, watcher, require_engine_run=require_engine_run)
         stages = Stages(workspace, results, Store(folder, watcher, resume=resume), watcher)
         _run_stages(resolved, stages, results)
@@ -103,8 +103,7 @@ def check(
         HeadwiseError: what ``compress`` would raise.
     """
     resolved = _resolve(recipe, overrides)
-    workspace = Workspace(load_checkpoint(checkpoint), resolved)
-    workspace.checkpoint.copy().view()
+    _workspace(checkpoint, resolved)
     return yaml.safe_dump(resolved.to_json(), sort_keys=False)
 
 
@@ -116,6 +115,13 @@ def _resolve(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequenc
         resolved = load_recipe(recipe, overrides)
     check_targets(resolved)
     return resolved
+
+
+def _workspace(checkpoint: str | Path, recipe: Recipe) -> Workspace:
+    """Model and data, with attention layers that can be edited."""
+    loaded = load_checkpoint(checkpoint)
+    loaded.copy().view()
+    return Workspace(loaded, recipe)
 
 
 def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:

@@ -94,8 +94,9 @@ class Stages:
         checkpoint = self.workspace.checkpoint
         with self.results.stage("baseline") as entry:
             key = {"checkpoint": checkpoint.digest, **self._export_key()}
-            artifact = self._artifact(entry, key, lambda folder: self._export(checkpoint, folder))
+            # Measured first: labels that do not fit the outputs show before the time of an export is spent.
             measurements = self.gatekeeper.measure_reference(entry)
+            artifact = self._artifact(entry, key, lambda folder: self._export(checkpoint, folder))
             entry.cost.update(artifact.info["graph"])
             self.gatekeeper.judge(entry, measurements, can_roll_back=False)
         return StoredModel(checkpoint.digest, None, checkpoint), artifact.path / GRAPH

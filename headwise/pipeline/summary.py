@@ -164,7 +164,23 @@ def amount(name: str, value: float) -> str:
     return f"{value:.0f}" + ("\N{NO-BREAK SPACE}B" if name in _BYTES else "")
 
 
-def latency_notes(report: Report) -> list[str]:
+def notes(report: Report) -> list[str]:
+    """What the numbers rest on: how latencies were measured, and how exact surgery and export were."""
+    return [f"Latency: {note}" for note in _latency_notes(report)] + list(_exactness_notes(report))
+
+
+def _exactness_notes(report: Report) -> Iterator[str]:
+    for stage in report["stages"]:
+        record = stage.get("record") or {}
+        if record.get("twin_error") is not None:
+            yield f"{stage['name']}: the edited model differs from its exact twin by {record['twin_error']:.1g} at most"
+        if record.get("parity"):
+            worst = max(entry["max_abs"] for entry in record["parity"])
+            shapes = len({entry["shape"] for entry in record["parity"]})
+            yield f"{stage['name']}: the graph differs from torch by {worst:.1g} at most, over {shapes} input shapes"
+
+
+def _latency_notes(report: Report) -> list[str]:
     """How every distinct latency was measured: a number without its device means nothing."""
     notes: dict[str, None] = {}
     for stage in report["stages"]:
