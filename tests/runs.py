@@ -13,7 +13,8 @@ import yaml
 from conftest import HEADS, WIDTH, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from headwise.model.checkpoint import Checkpoint, save_checkpoint
+from headwise.model.checkpoint import Checkpoint
+from headwise.model.saving import save_checkpoint
 from headwise.pipeline.run import Run, compress
 
 SPARE = HEADS - 1

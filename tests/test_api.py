@@ -21,7 +21,7 @@ ORDER = (*LEAFS, "model", "calibration", "passes", "export", "gates", "pipeline"
 """A part imports parts before it. The leafs know nothing of the others."""
 BEFORE_PIPELINE = {"export": {"passes"}, "gates": {"passes"}}
 """Parts that come earlier but are none of the business of these: an export does not know which pass it follows."""
-LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 345, 60, 6
+LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 330, 60, 6
 """Lines, lines without signature and docstring, parameters; those of ``forward`` and of commands are given."""
 
 

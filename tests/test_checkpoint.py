@@ -17,9 +17,10 @@ from torch import nn
 
 from headwise.errors import CheckpointError, DataError, PlanError, StorageError, UnsupportedModelError
 from headwise.model import surgery
-from headwise.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.forward import run
 from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 
 
@@ -214,7 +215,7 @@ def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.Mon
     def no_space(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("headwise.model.checkpoint.save_file", no_space)
+    monkeypatch.setattr("headwise.model.saving.save_file", no_space)
     checkpoint = checkpoint_of("torch")
     with pytest.raises(StorageError, match=r"no space left on the device.*\n.*\n.*finished stages are kept"):
         save_checkpoint(checkpoint, checkpoint.view(), tmp_path)

@@ -19,7 +19,8 @@ from runs import PLAIN, copied, finished, plain_files, write_recipe
 import headwise
 from headwise.cli import main
 from headwise.export import runners
-from headwise.model.checkpoint import Checkpoint, save_checkpoint
+from headwise.model.checkpoint import Checkpoint
+from headwise.model.saving import save_checkpoint
 from headwise.passes import PASSES
 from headwise.pipeline import evaluation, run, stages
 from headwise.pipeline.monitor import RichMonitor

@@ -263,6 +263,10 @@ def test_killed_at_every_stage_it_ends_like_a_run_that_was_not(tmp_path: Path, w
     assert [line[1] for line in lines] == [str(int(signal.SIGKILL))] * 5, ended.stderr
     kept = [sum(not name.startswith(".") and not name.endswith(".measured") for name in line[2:]) for line in lines]
     assert kept == [0, 1, 2, 2, 3], "every finished stage is kept"
+    left = json.loads((folder / "out" / "report.json").read_text())
+    assert (left["outcome"], left["exit_code"]) == ("interrupted", 130), (
+        "a killed run must not look like one that passed"
+    )
     found = run(folder)
     assert made(found) == ["fp16"]
     assert metrics(found) == metrics(whole)

@@ -15,9 +15,10 @@ from test_passes import samples
 from headwise.calibration.merge import pair_matrices
 from headwise.errors import PlanError
 from headwise.export.onnx import to_onnx
-from headwise.model.checkpoint import Checkpoint, save_checkpoint
+from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import run
 from headwise.model.layout import DropHeads, EditPlan, ShareKV
+from headwise.model.saving import save_checkpoint
 from headwise.model.surgery import apply
 from headwise.model.view import ModelView, Projections
 from headwise.passes.base import PassRecord, make_plan, run_pass

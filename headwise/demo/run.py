@@ -7,7 +7,8 @@ from pathlib import Path
 
 from headwise.artifacts import digest_bytes, storage_error
 from headwise.demo.train import EPOCHS, train, write_data
-from headwise.model.checkpoint import SIDECAR, Checkpoint, save_checkpoint
+from headwise.model.checkpoint import SIDECAR, Checkpoint
+from headwise.model.saving import save_checkpoint
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.run import Run, compress
 

@@ -7,13 +7,8 @@ turns into one fused kernel per layer.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +25,9 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from headwise.errors import ExportError
 from headwise.export.graph import Dims, clean_up, save_graph, signature
 from headwise.export.runners import OrtRunner
-from headwise.model.forward import named_outputs, run, to_torch
+from headwise.export.tracing import grouped_heads, no_fastpath, quiet, tuple_outputs, without_cache
+from headwise.model.forward import run, to_torch
 from headwise.tolerances import ONNX_PARITY
-
-_NOISY = ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")
 
 Batch = Mapping[str, NDArray[Any]]
 
@@ -93,7 +87,7 @@ def to_onnx(
         names = list(run(module, inputs))
     shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in sample}
     try:
-        with _quiet(), _without_cache(module), _no_fastpath(), _grouped_heads(), torch.no_grad():
+        with quiet(), without_cache(module), no_fastpath(), grouped_heads(), torch.no_grad():
             export = _export_transformers if isinstance(module, PreTrainedModel) else _export_plain
             model = export(module, inputs, shapes, names, opset)
     except Exception as error:  # the exporters raise anything, from TypeError to internal assertions
@@ -236,7 +230,7 @@ def _export_plain(
     names: list[str],
     opset: int,
 ) -> ir.Model:
-    with _tuple_outputs(module):
+    with tuple_outputs(module):
         program = torch.onnx.export(
             module,
             args=(),
@@ -251,82 +245,6 @@ def _export_plain(
     if program is None:
         raise ValueError("torch.onnx.export returned no program")
     return program.model
-
-
-@contextlib.contextmanager
-def _tuple_outputs(module: torch.nn.Module) -> Iterator[None]:
-    """Let ``forward`` return just its named tensors; None, caches and loss are no graph outputs."""
-    original = module.forward
-    own = "forward" in vars(module)
-
-    def forward(**inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(named_outputs(original(**inputs)).values())
-
-    forward.__wrapped__ = original  # type: ignore[attr-defined]  # torch.export reads the signature
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = original
-        else:
-            del module.forward
-
-
-@contextlib.contextmanager
-def _without_cache(module: torch.nn.Module) -> Iterator[None]:
-    """A key/value cache in the outputs would only be cut off again."""
-    config = getattr(module, "config", None)
-    previous = getattr(config, "use_cache", None)
-    if previous:
-        config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if previous:
-            config.use_cache = previous  # type: ignore[union-attr]
-
-
-@contextlib.contextmanager
-def _grouped_heads() -> Iterator[None]:
-    """With a mask, transformers repeats kv heads in memory for torch's kernels; the operator ``Attention`` need not."""
-    name = "TRANSFORMERS_SDPA_FORCE_GQA"
-    previous = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = previous
-
-
-@contextlib.contextmanager
-def _no_fastpath() -> Iterator[None]:
-    """``nn.TransformerEncoderLayer`` in eval mode calls one opaque kernel that has no ONNX form."""
-    previous = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(previous)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters print progress and warn about version drift and about packages that no model here needs."""
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(_NOISY)]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _summary(error: BaseException) -> str:

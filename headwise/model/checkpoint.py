@@ -1,4 +1,4 @@
-"""Load and save checkpoints, also those whose layers differ in their head counts.
+"""Load checkpoints, also those whose layers differ in their head counts; ``saving.py`` writes them.
 
 A saved directory holds ``model.safetensors`` and ``headwise.json`` (the layout by original head ids, and how to build
 the module). A transformers model also keeps its own files; where all layers are equal and the stock config can say so,
@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from headwise.artifacts import digest_bytes, digest_file, digest_json, storage_error, write_atomic
+from headwise.artifacts import digest_bytes, digest_file, digest_json
 from headwise.errors import CheckpointError, DataError
 from headwise.model import surgery
-from headwise.model.families import Count
 from headwise.model.forward import input_names
-from headwise.model.layout import AttentionLayout, Layout, uniform
+from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.sources import (
     call_factory,
-    constructor_arguments,
-    fresh,
     fresh_class,
     from_pretrained,
     quietly,
@@ -39,7 +34,6 @@ from headwise.model.view import ModelView, longest_sequence
 
 SIDECAR = "headwise.json"
 WEIGHTS = "model.safetensors"
-_SCHEMA = 1
 
 
 @dataclass(kw_only=True)
@@ -159,89 +153,6 @@ def _find(source: str) -> Checkpoint:
     return Checkpoint(module=module, source=source, kind="transformers", digest=_digest_module(module))
 
 
-def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
-    """Write the model as ``load_checkpoint`` reads it back, bit for bit.
-
-    Raises:
-        StorageError: the disk is full or the folder cannot be written.
-    """
-    layout = view.layout
-    sidecar: dict[str, Any] = {
-        "schema": _SCHEMA,
-        "kind": checkpoint.kind,
-        "families": sorted({layer.family.name for layer in view.attention}),
-        "layout": [entry.to_json() for entry in layout],
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if checkpoint.kind == "transformers":
-            sidecar["stock"] = _save_transformers(checkpoint, view, folder)
-            sidecar["arguments"] = constructor_arguments(checkpoint.module)
-            if not sidecar["stock"] and _stock_config(view):
-                # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
-                sidecar["per_layer_config"] = _per_layer_config(view)
-        else:
-            sidecar["factory"] = checkpoint.factory
-            save_file(_tensors(checkpoint.module), str(folder / WEIGHTS))
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    write_atomic(folder / SIDECAR, json.dumps(sidecar, indent=2))
-
-
-def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
-    """Write transformers' own files; returns whether the stock class can load them."""
-    module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
-    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
-    stock = unchanged or (uniform(layout) and bool(counted))
-    config = module.config
-    original = copy.deepcopy(config)
-    try:
-        if stock and not unchanged:
-            for name, count in counted.items():
-                setattr(config, name, count(next(iter(layout))))
-        # The original format renames weights in a way that only the stock loader undoes.
-        with quietly():
-            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
-    finally:
-        module.config = original
-    if checkpoint.folder is not None:
-        _copy_companions(checkpoint.folder, folder)
-    return stock
-
-
-def _stock_config(view: ModelView) -> Mapping[str, Count]:
-    """Entries of the model's own config that can express head counts, where all layers are of one family."""
-    first, *rest = [layer.family.config for layer in view.attention]
-    grouped = any(layer.group > 1 for layer in view.layout)
-    if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):
-        return {}
-    return first
-
-
-def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
-    """Head counts in the schema of transformers' ``per_layer_config``."""
-    return {
-        str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}
-        for layer in view.attention
-    }
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed."""
-    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
-    for path in source.rglob("*"):
-        relative = path.relative_to(source)
-        skip = (
-            path.suffix in weights
-            or path.name.endswith(".index.json")
-            or any(p.startswith(".") for p in relative.parts)
-        )
-        if path.is_file() and not skip and not (folder / relative).exists():
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / relative)
-
-
 def _load_folder(folder: Path, source: str) -> Checkpoint:
     sidecar = _read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else None
     if sidecar is None:
@@ -312,11 +223,6 @@ def _tied_names(module: nn.Module) -> set[str]:
 def _load_factory(source: str) -> Checkpoint:
     module = call_factory(source)
     return Checkpoint(module=module, source=source, kind="module", digest=_digest_module(module), factory=source)
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with every shared tensor stored once more, which safetensors asks for."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _digest_folder(folder: Path) -> str:

@@ -94,6 +94,7 @@ class Results:
         self.require_engine_run = require_engine_run
         self.stages: list[StageEntry] = []
         self.ending: BaseException | None = None
+        self.ended = False
         self.started = time.perf_counter()
 
     def expect(self, names: Sequence[tuple[str, str]]) -> None:
@@ -174,12 +175,15 @@ class Results:
             relative = path.relative_to(self.folder).as_posix()
             entry.artifacts.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest_file(path)})
 
-    def end(self, ending: BaseException) -> None:
-        """Remember what ended the run early."""
-        self.ending = ending
+    def end(self, ending: BaseException | None = None) -> None:
+        """The run is over; ``ending`` is what ended it early."""
+        self.ended, self.ending = True, ending
 
     def outcome(self) -> tuple[str, int, str]:
         """(outcome, exit code, reason)."""
+        if not self.ended:
+            # What a killed run leaves behind must not look like one that passed.
+            return "interrupted", 130, "not finished; the same command continues at the first unfinished stage"
         if isinstance(self.ending, KeyboardInterrupt):
             return "interrupted", 130, "interrupted; the same command continues at the first unfinished stage"
         if isinstance(self.ending, Stopped):

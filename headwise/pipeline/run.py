@@ -135,5 +135,6 @@ def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:
         graph = stages.convert(graph)
         for target in recipe.targets:
             stages.build(graph, target)
+        results.end()
     except (Stopped, HeadwiseError, KeyboardInterrupt) as ending:
         results.end(ending)

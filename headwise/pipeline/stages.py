@@ -17,7 +17,8 @@ from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine, profiles_for
 from headwise.gates.cost import graph_cost
-from headwise.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.saving import save_checkpoint
 from headwise.passes.base import run_pass
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.monitor import Monitor, Steps

@@ -1,0 +1,111 @@
+"""Save checkpoints, also those whose layers differ in their head counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from headwise.artifacts import storage_error, write_atomic
+from headwise.model.checkpoint import SIDECAR, WEIGHTS, Checkpoint
+from headwise.model.families import Count
+from headwise.model.layout import uniform
+from headwise.model.sources import constructor_arguments, fresh, quietly
+from headwise.model.view import ModelView
+
+_SCHEMA = 1
+
+
+def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
+    """Write the model as ``load_checkpoint`` reads it back, bit for bit.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    layout = view.layout
+    sidecar: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "kind": checkpoint.kind,
+        "families": sorted({layer.family.name for layer in view.attention}),
+        "layout": [entry.to_json() for entry in layout],
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint.kind == "transformers":
+            sidecar["stock"] = _save_transformers(checkpoint, view, folder)
+            sidecar["arguments"] = constructor_arguments(checkpoint.module)
+            if not sidecar["stock"] and _stock_config(view):
+                # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
+                sidecar["per_layer_config"] = _per_layer_config(view)
+        else:
+            sidecar["factory"] = checkpoint.factory
+            save_file(_tensors(checkpoint.module), str(folder / WEIGHTS))
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    write_atomic(folder / SIDECAR, json.dumps(sidecar, indent=2))
+
+
+def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
+    """Write transformers' own files; returns whether the stock class can load them."""
+    module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
+    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
+    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
+    stock = unchanged or (uniform(layout) and bool(counted))
+    config = module.config
+    original = copy.deepcopy(config)
+    try:
+        if stock and not unchanged:
+            for name, count in counted.items():
+                setattr(config, name, count(next(iter(layout))))
+        # The original format renames weights in a way that only the stock loader undoes.
+        with quietly():
+            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+    finally:
+        module.config = original
+    if checkpoint.folder is not None:
+        _copy_companions(checkpoint.folder, folder)
+    return stock
+
+
+def _stock_config(view: ModelView) -> Mapping[str, Count]:
+    """Entries of the model's own config that can express head counts, where all layers are of one family."""
+    first, *rest = [layer.family.config for layer in view.attention]
+    grouped = any(layer.group > 1 for layer in view.layout)
+    if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):
+        return {}
+    return first
+
+
+def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
+    """Head counts in the schema of transformers' ``per_layer_config``."""
+    return {
+        str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}
+        for layer in view.attention
+    }
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed."""
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
+    for path in source.rglob("*"):
+        relative = path.relative_to(source)
+        skip = (
+            path.suffix in weights
+            or path.name.endswith(".index.json")
+            or any(p.startswith(".") for p in relative.parts)
+        )
+        if path.is_file() and not skip and not (folder / relative).exists():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with every shared tensor stored once more, which safetensors asks for."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in module.state_dict().items()}
