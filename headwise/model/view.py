@@ -285,7 +285,7 @@ def _find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
         raise UnsupportedModelError(
             f'no attention layer at "{family.blocks}.{family.attention}" in {type(backbone).__name__}',
             expected=f"the module names that the {family.name} record describes",
-            fix="check the transformers version: a renamed module is one line in headwise/model/families.py",
+            fix="check the transformers version: a renamed module is one line in headwise/model/families",
         )
     return found
 

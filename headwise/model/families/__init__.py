@@ -1,0 +1,39 @@
+"""One record per model family: where its attention layers are and how they store their heads.
+
+This folder is the only place that knows attribute names of other people's models. A pass or an exporter that needs to
+know more about a family is a reason to add a field to the record, never to branch on a model type elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headwise.errors import UnsupportedModelError, did_you_mean
+from headwise.model.families.decoders import GPT2, LLAMA, QWEN3
+from headwise.model.families.plain import PLAIN
+from headwise.model.families.record import Count, Family, FeedForward
+from headwise.model.families.text import BERT, DISTILBERT, ROBERTA
+from headwise.model.families.vision import VIT
+
+__all__ = ["FAMILIES", "PLAIN", "Count", "Family", "FeedForward", "family_of"]
+
+FAMILIES: Mapping[str, Family] = {
+    model_type: family
+    for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA, QWEN3)
+    for model_type in family.model_types
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The record of a transformers ``model_type``.
+
+    Raises:
+        UnsupportedModelError: there is none; the message lists those that exist.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f'model type "{model_type}" has no family record',
+            expected="one of: " + ", ".join(sorted(FAMILIES)),
+            fix=did_you_mean(model_type, FAMILIES) + "  A new family is one record: see CONTRIBUTING.md",
+        )
+    return FAMILIES[model_type]

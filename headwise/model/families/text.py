@@ -1,0 +1,47 @@
+"""Text encoders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from headwise.model.families.record import (
+    Family,
+    FeedForward,
+    group_size,
+    query_heads,
+    query_width,
+)
+
+BERT = Family(
+    name="bert",
+    model_types=("bert",),
+    blocks="encoder.layer.*",
+    attention="attention",
+    query="self.query",
+    key="self.key",
+    value="self.value",
+    output="output.dense",
+    head_dim="self.attention_head_size",
+    mlp=FeedForward(up="intermediate.dense", down="output.dense"),
+    bookkeeping={
+        "self.num_attention_heads": query_heads,
+        "self.all_head_size": query_width,
+        "self.num_key_value_groups": group_size,
+    },
+)
+
+ROBERTA = replace(BERT, name="roberta", model_types=("roberta",), padding_positions=True)
+
+DISTILBERT = Family(
+    name="distilbert",
+    model_types=("distilbert",),
+    blocks="transformer.layer.*",
+    attention="attention",
+    query="q_lin",
+    key="k_lin",
+    value="v_lin",
+    output="out_lin",
+    head_dim="attention_head_size",
+    mlp=FeedForward(up="ffn.lin1", down="ffn.lin2"),
+    bookkeeping={"n_heads": query_heads, "num_key_value_groups": group_size},
+)
