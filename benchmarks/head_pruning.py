@@ -139,7 +139,7 @@ class Bench:
         planned = Planned(**pass_.model_dump())
         planned._made = pass_.plan(view, stats)
         run_pass(planned, view, self.checkpoint.copy().view(), self.task, calibration)
-        return [list(layer.kv) for layer in view.layout]
+        return [list(layer.kv) for layer in view.layout.attention]
 
     def measure_cells(
         self, calibration: Calibration, cells: Sequence[tuple[str, PruneHeads]], splits: Sequence[str]
@@ -162,9 +162,9 @@ class Bench:
         calibration = self.calibration(sample(train, setting.samples, seed=0))
         candidate = self.checkpoint.copy()
         view = candidate.view()
-        heads = sum(len(layer.query) for layer in view.layout)
+        heads = sum(len(layer.query) for layer in view.layout.attention)
         for step in setting.steps:
-            left = sum(len(layer.query) for layer in view.layout)
+            left = sum(len(layer.query) for layer in view.layout.attention)
             gone = left - heads + round(step * ratio * heads)
             options = {"ratio": gone / left, "score": setting.score, "ridge": setting.ridge}
             pass_ = PruneHeads.model_validate(options)

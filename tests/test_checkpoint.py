@@ -19,7 +19,7 @@ from headwise.errors import CheckpointError, DataError, PlanError, StorageError,
 from headwise.model import surgery
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.forward import run
-from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.layout import DropHeads, EditPlan, Layout
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 
@@ -32,7 +32,7 @@ def checkpoint_of(family: str) -> Checkpoint:
 
 def prune(view: ModelView, *, equal: bool) -> None:
     layers = [0, 1, 2] if equal else [0, 2]
-    edits = [DropHeads(layer=i, query=view.layout[i].units()[i % 2]) for i in layers]
+    edits = [DropHeads(layer=i, query=view.layout.attention[i].units()[i % 2]) for i in layers]
     surgery.apply(view, EditPlan(edits=tuple(edits)))
 
 
@@ -81,10 +81,10 @@ def test_a_loaded_checkpoint_is_pruned_again_under_original_ids(family: str, tmp
     save_checkpoint(checkpoint, view, tmp_path / "once")
     again = load_checkpoint(tmp_path / "once")
     second = again.view()
-    surgery.apply(second, EditPlan(edits=(DropHeads(layer=1, query=second.layout[1].units()[0]),)))
+    surgery.apply(second, EditPlan(edits=(DropHeads(layer=1, query=second.layout.attention[1].units()[0]),)))
     save_checkpoint(again, second, tmp_path / "twice")
     assert load_checkpoint(tmp_path / "twice").view().layout == second.layout
-    assert second.layout[0] == view.layout[0]
+    assert second.layout.attention[0] == view.layout.attention[0]
 
 
 def test_tokenizer_files_travel_and_still_load(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 def test_a_layout_of_another_shape_is_refused() -> None:
     view = ModelView.of(make_model("bert"))
     with pytest.raises(PlanError, match="which is what the weights have"):
-        view.rename(tuple(entry.without([0]) for entry in view.layout))
+        view.rename(Layout(attention=tuple(entry.without([0]) for entry in view.layout.attention)))
 
 
 def test_a_module_without_a_tokenizer_says_so() -> None:

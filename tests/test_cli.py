@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from conftest import HEADS, KV_HEADS, LAYERS, MODELS, make_model
+from conftest import HEADS, KV_HEADS, LAYERS, MODELS, WIDTH, make_model
 from runs import PLAIN, copied, finished, plain_files, write_recipe
 
 import headwise
@@ -305,6 +305,9 @@ def test_inspect(tmp_path: Path, name: str) -> None:
     found = json.loads(result.stdout)
     kv_heads = KV_HEADS if name == "llama" else HEADS
     assert [(layer["query_heads"], layer["kv_heads"]) for layer in found["layers"]] == [(HEADS, kv_heads)] * LAYERS
+    neurons = 4 * WIDTH if name == "gpt2" else 48
+    assert [(mlp["neurons"], mlp["width"]) for mlp in found["mlps"]] == [(neurons, neurons)] * LAYERS
+    assert [layer["mlp"] for layer in found["layers"]] == list(range(LAYERS))
     assert found["parameters"] == sum(p.numel() for p in module.parameters())
     assert found["model_type"] == (name if name in MODELS and name != "torch" else "TwoHeads")
     if name == "torch":

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from headwise.errors import PlanError
-from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Scores, uniform
+from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, Scores, uniform
 
 MHA = AttentionLayout(query=(0, 1, 2, 3), kv=(0, 1, 2, 3), head_dim=8)
 GQA = AttentionLayout(query=(0, 1, 2, 3), kv=(0, 1), head_dim=8)
@@ -46,11 +46,11 @@ def test_kv_width_counts_keys_and_values() -> None:
 )
 def test_a_plan_that_would_break_the_model_is_refused(layout: AttentionLayout, edit: DropHeads, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        EditPlan(edits=(edit,)).check((layout,))
+        EditPlan(edits=(edit,)).check(Layout(attention=(layout,)))
 
 
 def test_one_head_from_every_group_keeps_groups_equal() -> None:
-    EditPlan(edits=(DropHeads(layer=0, query=(0, 2)),)).check((GQA,))
+    EditPlan(edits=(DropHeads(layer=0, query=(0, 2)),)).check(Layout(attention=(GQA,)))
 
 
 def test_a_plan_survives_json() -> None:

@@ -70,9 +70,9 @@ def test_every_score_and_scope_removes_what_was_asked_for(score: str, scope: str
     pass_ = PruneHeads.model_validate({"ratio": 0.5, "score": score, "scope": scope})
     plan, _ = make_plan(pass_, view, task, examples)
     after = plan.predict(view.layout)
-    assert sum(len(layer.query) for layer in after) == LAYERS * HEADS // 2
+    assert sum(len(layer.query) for layer in after.attention) == LAYERS * HEADS // 2
     if scope == "layer":
-        assert {len(layer.query) for layer in after} == {HEADS // 2}
+        assert {len(layer.query) for layer in after.attention} == {HEADS // 2}
     assert plan.scores is not None
     assert [sorted(layer) for layer in plan.scores.layers] == [list(range(HEADS))] * LAYERS
 
@@ -92,7 +92,7 @@ def test_whole_kv_groups_go_under_gqa() -> None:
     plan, _ = make_plan(PruneHeads(ratio=1 / 3), view, task, examples)
     assert sum(len(edit.query) for edit in plan.edits) == 4
     for edit in plan.edits:
-        assert edit.query in view.layout[edit.layer].units()
+        assert edit.query in view.layout.attention[edit.layer].units()
 
 
 def test_the_mean_is_folded_only_where_there_is_a_bias() -> None:
@@ -152,7 +152,7 @@ def test_min_heads_is_kept() -> None:
     view = ModelView.of(make_model("torch"))
     task, examples = classifier_examples(view.module)
     plan, _ = make_plan(PruneHeads(ratio=0.5, min_heads=2), view, task, examples)
-    assert {len(layer.query) for layer in plan.predict(view.layout)} == {2}
+    assert {len(layer.query) for layer in plan.predict(view.layout).attention} == {2}
 
 
 @pytest.mark.parametrize(

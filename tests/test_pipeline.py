@@ -164,7 +164,7 @@ def test_the_right_heads_go_and_the_record_says_which(done: tuple[Path, Run]) ->
         {"type": "drop-heads", "layer": layer, "query": [HEADS - 1]} for layer in range(layers)
     ]
     assert [len(scores) for scores in record["plan"]["scores"]["layers"]] == [HEADS] * layers
-    assert [entry["query"] for entry in record["after"]] == [[0, 1, 2]] * layers
+    assert [entry["query"] for entry in record["after"]["attention"]] == [[0, 1, 2]] * layers
     assert record["twin_error"] < 1e-4
 
 
@@ -313,7 +313,9 @@ def test_two_passes_of_one_kind_keep_the_original_head_ids(folder: Path) -> None
     removed = {(edit["layer"], head) for edit in second["plan"]["edits"] for head in edit["query"]}
     assert len(removed) == 3
     assert all(head < HEADS - 1 for _, head in removed)
-    for before, after, layer in zip(second["before"], second["after"], range(LAYERS), strict=True):
+    for before, after, layer in zip(
+        second["before"]["attention"], second["after"]["attention"], range(LAYERS), strict=True
+    ):
         assert set(before["query"]) - set(after["query"]) == {head for where, head in removed if where == layer}
 
 
@@ -711,8 +713,8 @@ def test_a_checkpoint_pruned_by_a_run_can_be_pruned_again(folder: Path) -> None:
     found = compress(pruned, folder / "recipe.yaml", folder / "again", overrides=[NO_GATE, "passes.0.ratio=0.34"])
     assert found.exit_code == 0, found.reason
     record = by_name(found)["prune-heads"]["record"]
-    assert [entry["query"] for entry in record["before"]] == [[0, 1, 2]] * LAYERS
-    assert sum(len(entry["query"]) for entry in record["after"]) == 6
+    assert [entry["query"] for entry in record["before"]["attention"]] == [[0, 1, 2]] * LAYERS
+    assert sum(len(entry["query"]) for entry in record["after"]["attention"]) == 6
 
 
 def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:

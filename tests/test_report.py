@@ -111,8 +111,8 @@ def record() -> Report:
             "edits": [{"type": "drop-heads", "layer": i, "query": ids} for i, ids in enumerate(gone)],
             "scores": {"name": "contribution", "layers": scores},
         },
-        "before": [layer] * 3,
-        "after": [{"query": ids, "kv": ids, "head_dim": 16} for ids in left],
+        "before": {"attention": [layer] * 3, "mlp": []},
+        "after": {"attention": [{"query": ids, "kv": ids, "head_dim": 16} for ids in left], "mlp": []},
         "twin_error": 2e-7,
         "refit": [{"layer": 0, "before": 0.021, "after": 0.008}, {"layer": 2, "before": 0.11, "after": 0.034}],
     }
@@ -300,6 +300,13 @@ def test_head_map_counts_what_the_layouts_say(report: Report) -> None:
     assert heads.columns == 6
     assert heads.score == "contribution"
     assert heads.refit[2]["after"] == 0.034
+
+
+def test_a_report_of_version_0_1_0_is_still_read(report: Report) -> None:
+    now = summary.head_maps(report)
+    made = report["stages"][1]["record"]
+    made |= {when: made[when]["attention"] for when in ("before", "after")}
+    assert summary.head_maps(report) == now
 
 
 def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> None:

@@ -58,7 +58,7 @@ def copy_head(old: Projections, source: int, copy: int, key_basis: torch.Tensor,
 @pytest.mark.parametrize("fold_bias", [True, False])
 def test_disguised_copies_merge_losslessly(family: str, fold_bias: bool) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
-    kvs = len(view.layout[0].kv)
+    kvs = len(view.layout.attention[0].kv)
     disguise(family, view, [(0, 2), (3, 1)] if kvs == 4 else [(0, 1)])
     with torch.no_grad():
         before = run(view.module, inputs)
@@ -92,8 +92,8 @@ def test_mean_pooling_fails_where_the_subspace_succeeds() -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_identical_heads_are_lossless_for_every_merge(family: str, merge: str) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
-    kvs = len(view.layout[0].kv)
-    identity = torch.eye(view.layout[0].head_dim)
+    kvs = len(view.layout.attention[0].kv)
+    identity = torch.eye(view.layout.attention[0].head_dim)
     for layer in view.attention:
         for copy in range(1, kvs):
             copy_head(layer.read(), 0, copy, identity, identity)
@@ -134,7 +134,7 @@ def test_restored_norms_are_those_of_the_members() -> None:
 def test_the_edit_regroups_queries_under_their_original_ids() -> None:
     layout = ModelView.of(make_model("bert")).layout
     plan = EditPlan(edits=(ShareKV(layer=0, groups=((0, 2), (1, 3))),))
-    after = plan.predict(layout)[0]
+    after = plan.predict(layout).attention[0]
     assert after.query == (0, 2, 1, 3)
     assert after.kv == (0, 1)
     assert after.group == 2
@@ -154,7 +154,7 @@ def test_pruned_layers_share_what_they_have_left() -> None:
     view = ModelView.of(make_model("bert"))
     apply(view, EditPlan(edits=(DropHeads(layer=1, query=(1, 2)),)))
     share(view, "bert", ratio=0.5)
-    assert [(len(layer.query), len(layer.kv)) for layer in view.layout] == [(4, 2), (2, 1), (4, 2)]
+    assert [(len(layer.query), len(layer.kv)) for layer in view.layout.attention] == [(4, 2), (2, 1), (4, 2)]
 
 
 def test_a_count_that_does_not_divide_is_refused_with_those_that_do() -> None:
@@ -173,7 +173,7 @@ def test_a_count_that_does_not_divide_is_refused_with_those_that_do() -> None:
 def test_layers_may_differ() -> None:
     view = ModelView.of(make_model("gpt2"))
     share(view, "gpt2", kv_heads=(4, 2, 1))
-    assert [len(layer.kv) for layer in view.layout] == [4, 2, 1]
+    assert [len(layer.kv) for layer in view.layout.attention] == [4, 2, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "ratio": 0.5}, {"kv_heads": 0}, {"kv_heads": (2, 0)}])

@@ -20,7 +20,7 @@ from headwise.tolerances import TWIN
 
 def unequal_plan(view: ModelView) -> EditPlan:
     """Another number of heads in every layer: two units from the first, none from the second, one from the last."""
-    first, _, last = view.layout
+    first, _, last = view.layout.attention
     units = first.units()
     gone = units[0] if len(units) == 2 else units[0] + units[2]
     return EditPlan(edits=(DropHeads(layer=0, query=gone), DropHeads(layer=2, query=last.units()[-1])))
@@ -42,7 +42,7 @@ def test_the_view_leaves_the_function_as_it_is(family: str) -> None:
         view = ModelView.of(module)
         assert largest_difference(before, run(module, inputs)) < 1e-5
     assert len(view.attention) == LAYERS
-    assert all(len(layer.query) == HEADS for layer in view.layout)
+    assert all(len(layer.query) == HEADS for layer in view.layout.attention)
 
 
 def test_removing_heads_equals_gating_them_to_zero(family: str) -> None:
@@ -62,7 +62,7 @@ def test_removing_heads_equals_gating_them_to_zero(family: str) -> None:
 def test_removing_other_heads_than_planned_is_seen(family: str) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
     twin = gated(view, unequal_plan(view), inputs)
-    wrong = view.layout[0].units()[1]
+    wrong = view.layout.attention[0].units()[1]
     surgery.apply(view, EditPlan(edits=(DropHeads(layer=0, query=wrong),)))
     with torch.no_grad():
         assert largest_difference(twin, run(view.module, inputs)) > 100 * TWIN
@@ -75,7 +75,7 @@ def test_removed_heads_are_gone_from_the_weights(family: str) -> None:
     per_head = [view.attention[edit.layer].read() for edit in plan.edits]
     surgery.apply(view, plan)
     lost = before - sum(p.numel() for p in view.module.parameters())
-    group = view.layout[1].group
+    group = view.layout.attention[1].group
     expected = 0
     for edit, old in zip(plan.edits, per_head, strict=True):
         queries, kvs = len(edit.query), len(edit.query) // group
@@ -97,7 +97,7 @@ def test_a_layer_is_edited_twice_under_its_original_ids(family: str) -> None:
     surgery.apply(view, EditPlan(edits=(DropHeads(layer=1, query=(3,)),)))
     with torch.no_grad():
         assert largest_difference(twin, run(view.module, inputs)) < TWIN
-    assert view.layout[1].query == (1, 2)
+    assert view.layout.attention[1].query == (1, 2)
 
 
 @pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys()))
@@ -161,8 +161,10 @@ def test_an_impossible_plan_changes_nothing(family: str) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
     with torch.no_grad():
         before = run(view.module, inputs)
-    empty = view.layout[1].query
-    plan = EditPlan(edits=(DropHeads(layer=0, query=view.layout[0].units()[0]), DropHeads(layer=1, query=empty)))
+    empty = view.layout.attention[1].query
+    plan = EditPlan(
+        edits=(DropHeads(layer=0, query=view.layout.attention[0].units()[0]), DropHeads(layer=1, query=empty))
+    )
     with pytest.raises(PlanError, match="would keep 0"):
         surgery.apply(view, plan)
     with torch.no_grad():

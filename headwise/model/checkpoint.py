@@ -21,8 +21,9 @@ from torch import nn
 from headwise.artifacts import digest_bytes, digest_file, digest_json
 from headwise.errors import CheckpointError, DataError
 from headwise.model import surgery
+from headwise.model.finding import longest_sequence
 from headwise.model.forward import input_names
-from headwise.model.layout import AttentionLayout, Layout
+from headwise.model.layout import Layout
 from headwise.model.sources import (
     call_factory,
     fresh_class,
@@ -30,7 +31,7 @@ from headwise.model.sources import (
     quietly,
     refuse_broken_weights,
 )
-from headwise.model.view import ModelView, longest_sequence
+from headwise.model.view import ModelView
 
 SIDECAR = "headwise.json"
 WEIGHTS = "model.safetensors"
@@ -47,7 +48,7 @@ class Checkpoint:
         digest: digest of the weights and of the files that decide how they are used.
         folder: the directory that it was loaded from; None for a factory or a hub id.
         factory: ``module:factory`` of a plain module.
-        layout: the heads by original id, where the checkpoint came with a layout of its own.
+        layout: heads and neurons by original id, where the checkpoint came with a layout of its own.
         processor: directory or hub id of tokenizer and image processor; None where they belong to the checkpoint.
     """
 
@@ -67,7 +68,7 @@ class Checkpoint:
         return str(getattr(config, "model_type", type(self.module).__name__))
 
     def view(self) -> ModelView:
-        """The model as attention layers, with heads by their original ids."""
+        """The model as attention layers and MLPs, with heads and neurons by their original ids."""
         view = ModelView.of(self.module)
         if self.layout is not None:
             view.rename(self.layout)
@@ -169,7 +170,7 @@ def _load_folder(folder: Path, source: str) -> Checkpoint:
             digest=_digest_folder(folder),
             folder=folder,
         )
-    layout = tuple(AttentionLayout.from_json(entry) for entry in sidecar["layout"])
+    layout = Layout.from_json(sidecar["layout"])
     factory = sidecar.get("factory")
     if sidecar["kind"] == "transformers":
         module = from_pretrained(source) if sidecar["stock"] else _rebuild(folder, layout, sidecar.get("arguments", {}))

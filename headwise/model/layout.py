@@ -1,4 +1,4 @@
-"""Which heads every attention layer has, and the edits that change it. Pure data: no tensors, no torch."""
+"""Which heads and neurons every layer has, and the edits that change it. Pure data: no tensors, no torch."""
 
 from __future__ import annotations
 
@@ -59,13 +59,80 @@ class AttentionLayout:
         return cls(query=tuple(data["query"]), kv=tuple(data["kv"]), head_dim=int(data["head_dim"]))
 
 
-Layout = tuple[AttentionLayout, ...]
-"""One entry per attention layer, in the order of ``ModelView.attention``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpLayout:
+    """The neurons of one MLP, by their ids in the original checkpoint.
+
+    Attributes:
+        neurons: original ids of the neurons that are left, in storage order.
+        width: neurons that the original checkpoint had.
+    """
+
+    neurons: tuple[int, ...]
+    width: int
+
+    def without(self, neurons: Sequence[int]) -> MlpLayout:
+        """The layout after removing these neurons."""
+        gone = set(neurons)
+        return replace(self, neurons=tuple(neuron for neuron in self.neurons if neuron not in gone))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"width": self.width, "neurons": ranges(self.neurons)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MlpLayout:
+        return cls(neurons=from_ranges(data["neurons"]), width=int(data["width"]))
 
 
-def uniform(layout: Layout) -> bool:
-    """Whether all layers have the same head counts and widths."""
-    return len({(len(layer.query), len(layer.kv), layer.head_dim) for layer in layout}) <= 1
+def ranges(ids: Sequence[int]) -> str:
+    """``(0, 1, 2, 5, 7, 8)`` as ``"0-2 5 7-8"``: an MLP has thousands of neurons, of which most are neighbours."""
+    runs: list[list[int]] = []
+    for identity in ids:
+        if runs and identity == runs[-1][1] + 1:
+            runs[-1][1] = identity
+        else:
+            runs.append([identity, identity])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def from_ranges(text: str) -> tuple[int, ...]:
+    """What ``ranges`` wrote."""
+    ends = [(first, last or first) for first, _, last in (run.partition("-") for run in text.split())]
+    return tuple(identity for first, last in ends for identity in range(int(first), int(last) + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What every layer of a model has left.
+
+    Attributes:
+        attention: one entry per attention layer, in the order of ``ModelView.attention``.
+        mlp: one entry per MLP, in the order of ``ModelView.mlp``.
+    """
+
+    attention: tuple[AttentionLayout, ...]
+    mlp: tuple[MlpLayout, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "attention": [layer.to_json() for layer in self.attention],
+            "mlp": [layer.to_json() for layer in self.mlp],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Layout:
+        """What ``to_json`` wrote, or the bare list of attention layers that version 0.1.0 saved."""
+        if not isinstance(data, Mapping):
+            data = {"attention": data, "mlp": ()}
+        return cls(
+            attention=tuple(AttentionLayout.from_json(entry) for entry in data["attention"]),
+            mlp=tuple(MlpLayout.from_json(entry) for entry in data["mlp"]),
+        )
+
+
+def uniform(layers: Sequence[AttentionLayout]) -> bool:
+    """Whether all attention layers have the same head counts and widths."""
+    return len({(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}) <= 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +270,7 @@ class EditPlan:
         return self._walk(layout, check=False)
 
     def _walk(self, layout: Layout, *, check: bool) -> Layout:
-        layers = list(layout)
+        layers = list(layout.attention)
         for edit in self.edits:
             if not 0 <= edit.layer < len(layers):
                 raise PlanError(
@@ -214,7 +281,7 @@ class EditPlan:
             if check:
                 edit.check(layers[edit.layer])
             layers[edit.layer] = edit.apply(layers[edit.layer])
-        return tuple(layers)
+        return replace(layout, attention=tuple(layers))
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()

@@ -34,7 +34,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
         "schema": _SCHEMA,
         "kind": checkpoint.kind,
         "families": sorted({layer.family.name for layer in view.attention}),
-        "layout": [entry.to_json() for entry in layout],
+        "layout": layout.to_json(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,14 +56,14 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     """Write transformers' own files; returns whether the stock class can load them."""
     module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout]
-    stock = unchanged or (uniform(layout) and bool(counted))
+    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
+    stock = unchanged or (uniform(layout.attention) and bool(counted))
     config = module.config
     original = copy.deepcopy(config)
     try:
         if stock and not unchanged:
             for name, count in counted.items():
-                setattr(config, name, count(next(iter(layout))))
+                setattr(config, name, count(next(iter(layout.attention))))
         # The original format renames weights in a way that only the stock loader undoes.
         with quietly():
             module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
@@ -77,7 +77,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
 def _stock_config(view: ModelView) -> Mapping[str, Count]:
     """Entries of the model's own config that can express head counts, where all layers are of one family."""
     first, *rest = [layer.family.config for layer in view.attention]
-    grouped = any(layer.group > 1 for layer in view.layout)
+    grouped = any(layer.group > 1 for layer in view.layout.attention)
     if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):
         return {}
     return first

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from headwise.errors import SurgeryError
+from headwise.model.access import assign, attribute
 from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, ShareKV
-from headwise.model.view import AttentionView, ModelView, Projections, assign, attribute
+from headwise.model.view import AttentionView, ModelView, Projections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
             case ShareKV():
                 share_kv(layer, edit, (payloads or {})[position])
     counted = tuple(view.count() for view in model.attention)
-    for view, want, have in zip(model.attention, predicted, counted, strict=True):
+    for view, want, have in zip(model.attention, predicted.attention, counted, strict=True):
         if view.layout != want or (len(have.query), len(have.kv)) != (len(want.query), len(want.kv)):
             raise SurgeryError(
                 f"layer {view.index} has {len(have.query)} query and {len(have.kv)} kv heads after surgery",
@@ -178,7 +179,7 @@ def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | N
 
 def reshape(model: ModelView, layout: Layout) -> None:
     """Give every layer the shapes of ``layout``, with zeros in it, so that saved weights can be loaded."""
-    for view, entry in zip(model.attention, layout, strict=True):
+    for view, entry in zip(model.attention, layout.attention, strict=True):
         old = view.read()
         n, k, h = len(entry.query), len(entry.kv), entry.head_dim
         zeros = Projections(

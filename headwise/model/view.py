@@ -5,24 +5,22 @@ Shape letters: B batch, T tokens, D model width, N query heads, K kv heads, H he
 
 from __future__ import annotations
 
-import operator
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from headwise.errors import PlanError, UnsupportedModelError
-from headwise.model.attention import MultiHeadAttention, unpack_attention
-from headwise.model.families import FAMILIES, PLAIN, Family, family_of
+from headwise.errors import PlanError
+from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.attention import unpack_attention
+from headwise.model.families import Family
+from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
 from headwise.model.layout import AttentionLayout, Layout
-
-See = Callable[[torch.Tensor], None]
+from headwise.model.mlp import MlpView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +81,7 @@ class AttentionView:
 
     def _matrix(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight as (out, in), and bias."""
-        bias = module.bias
-        weight = module.get_parameter("weight").detach()
-        return weight.T if self.family.transposed else weight, bias.detach() if isinstance(bias, nn.Parameter) else None
+        return matrix(module, transposed=self.family.transposed)
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
@@ -126,61 +122,39 @@ class AttentionView:
             gates = scale[..., None] if scale.dim() == 1 else scale[:, None, :, None]
             return ((heads * gates).flatten(-2), *args[1:])
 
-        with _hooked(self.output.register_forward_pre_hook(scaled)):
+        with hooked(self.output.register_forward_pre_hook(scaled)):
             yield
 
-    @contextmanager
-    def watch_heads(self, see: See) -> Iterator[None]:
+    def watch_heads(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the head outputs, (B, T, N, H), on every forward."""
+        return watched_input(self.output, lambda heads: see(heads.unflatten(-1, (-1, self.layout.head_dim))))
 
-        def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
-            see(args[0].unflatten(-1, (-1, self.layout.head_dim)))
-
-        with _hooked(self.output.register_forward_pre_hook(seen)):
-            yield
-
-    @contextmanager
-    def watch_input(self, see: See) -> Iterator[None]:
+    def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
+        return watched_input(attribute(self.module, self.family.key), see)
 
-        def seen(_: nn.Module, args: tuple[Any, ...]) -> None:
-            see(args[0])
-
-        with _hooked(attribute(self.module, self.family.key).register_forward_pre_hook(seen)):
-            yield
-
-    @contextmanager
-    def watch_output(self, see: See) -> Iterator[None]:
+    def watch_output(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what the layer adds to the residual stream, (B, T, D)."""
+        return watched_output(self.output, see)
 
-        def seen(_: nn.Module, __: tuple[Any, ...], result: torch.Tensor) -> None:
-            see(result)
-
-        with _hooked(self.output.register_forward_hook(seen)):
-            yield
-
-    @contextmanager
-    def watch_residual(self, see: See) -> Iterator[None]:
+    def watch_residual(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the block's input, (B, T, D): the residual stream that the layer's output is added to."""
-
-        def seen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(args[0] if args else next(iter(kwargs.values())))
-
-        with _hooked(self.block.register_forward_pre_hook(seen, with_kwargs=True)):
-            yield
+        return watched_input(self.block, see)
 
 
 class ModelView:
-    """A model as a sequence of attention layers.
+    """A model as a sequence of attention layers and MLPs.
 
     Attributes:
         module: the model itself.
         attention: one view per attention layer, in the order in which they run.
+        mlp: one view per MLP, in the order of their blocks; blocks whose MLP no record describes have none.
     """
 
-    def __init__(self, module: nn.Module, attention: tuple[AttentionView, ...]) -> None:
+    def __init__(self, module: nn.Module, attention: tuple[AttentionView, ...], mlp: tuple[MlpView, ...] = ()) -> None:
         self.module = module
         self.attention = attention
+        self.mlp = mlp
 
     @classmethod
     def of(cls, module: nn.Module) -> ModelView:
@@ -191,117 +165,58 @@ class ModelView:
         Raises:
             UnsupportedModelError: no family record fits; the message names the model type and the known ones.
         """
-        found = [entry for backbone in backbones(module) for entry in _find_by_path(module, backbone)]
+        found = [entry for backbone in backbones(module) for entry in find_by_path(module, backbone)]
         if not isinstance(module, PreTrainedModel):
             unpack_attention(module)
-            found += _find_by_type(module)
+            found += find_by_type(module)
         if not found:
-            raise _no_attention(module)
+            raise no_attention(module)
         views = tuple(AttentionView(index, *entry) for index, entry in enumerate(found))
+        names = {id(child): name for name, child in module.named_modules()}
+        mlps: list[MlpView] = []
         seen: set[int] = set()
         for view in views:
             view.residual = id(view.block) not in seen
+            record = find_mlp(view.block, view.family)
+            if view.residual and record is not None:
+                mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, view.family, record))
             seen.add(id(view.block))
-        return cls(module, views)
+        return cls(module, views, tuple(mlps))
 
     @property
     def layout(self) -> Layout:
-        """The heads that every layer has now, by original id."""
-        return tuple(view.layout for view in self.attention)
+        """The heads and neurons that every layer has now, by original id."""
+        return Layout(
+            attention=tuple(view.layout for view in self.attention), mlp=tuple(view.layout for view in self.mlp)
+        )
 
     def rename(self, layout: Layout) -> None:
-        """Give the heads the ids that they had in the original checkpoint.
+        """Give heads and neurons the ids that they had in the original checkpoint.
+
+        A layout without MLPs, as older versions saved them, leaves the neurons as they are.
 
         Raises:
             PlanError: the counts of ``layout`` are not those of the weights.
         """
-        have = [(len(v.layout.query), len(v.layout.kv), v.layout.head_dim) for v in self.attention]
-        want = [(len(entry.query), len(entry.kv), entry.head_dim) for entry in layout]
-        if have != want:
-            raise PlanError(
-                f"a layout of {want} (query heads, kv heads, head_dim)",
-                expected=f"{have}, which is what the weights have",
-                fix="use the layout that was saved with these weights",
-            )
-        for view, entry in zip(self.attention, layout, strict=True):
-            view.layout = entry
-
-
-def attribute(root: Any, path: str) -> Any:
-    """``attribute(m, "self.query")`` is ``m.self.query``."""
-    return reduce(getattr, path.split("."), root) if path else root
-
-
-def assign(root: Any, path: str, value: Any) -> None:
-    """Set what ``attribute`` reads."""
-    parent, _, name = path.rpartition(".")
-    setattr(attribute(root, parent), name, value)
-
-
-@contextmanager
-def _hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-Found = tuple[str, nn.Module, nn.Module, Family]
-"""Path from the root, attention module, block around it, and the record that describes them."""
-
-
-def backbones(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models that a module is or holds, outermost ones only."""
-    found: list[PreTrainedModel] = []
-    inside: set[int] = set()
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel) and id(child) not in inside:
-            found.append(child)
-            inside.update(map(id, child.modules()))
-    return found
-
-
-def longest_sequence(module: nn.Module) -> int | None:
-    """How many tokens a model can take, or None where nothing in it sets a limit."""
-    limits = [family_of(b.config.model_type).longest_sequence(b.config) for b in backbones(module)]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
-    """The attention of every block that the backbone's family record names."""
-    family = family_of(backbone.config.model_type)
-    pattern = re.compile(re.escape(family.blocks).replace(r"\*", r"(\d+)"))
-    root_names = {id(child): name for name, child in root.named_modules()}
-    blocks = [
-        (tuple(map(int, match.groups())), child)
-        for name, child in backbone.base_model.named_modules()
-        if (match := pattern.fullmatch(name))
-    ]
-    found: list[Found] = []
-    for _, block in sorted(blocks, key=operator.itemgetter(0)):
-        layer = attribute(block, family.attention)
-        found.append((root_names[id(layer)], layer, block, family))
-    if not found:
-        raise UnsupportedModelError(
-            f'no attention layer at "{family.blocks}.{family.attention}" in {type(backbone).__name__}',
-            expected=f"the module names that the {family.name} record describes",
-            fix="check the transformers version: a renamed module is one line in headwise/model/families",
+        _require_equal(
+            [(len(v.layout.query), len(v.layout.kv), v.layout.head_dim) for v in self.attention],
+            [(len(entry.query), len(entry.kv), entry.head_dim) for entry in layout.attention],
+            "query heads, kv heads, head_dim",
         )
-    return found
+        if layout.mlp:
+            _require_equal(
+                [len(v.layout.neurons) for v in self.mlp], [len(entry.neurons) for entry in layout.mlp], "neurons"
+            )
+        for view, entry in zip(self.attention, layout.attention, strict=True):
+            view.layout = entry
+        for mlp, neurons in zip(self.mlp, layout.mlp, strict=False):
+            mlp.layout = neurons
 
 
-def _find_by_type(root: nn.Module) -> list[Found]:
-    """Every unpacked ``nn.MultiheadAttention``; its block is the module that holds it."""
-    return [
-        (name, child, attribute(root, name.rpartition(".")[0]), PLAIN)
-        for name, child in root.named_modules()
-        if isinstance(child, MultiHeadAttention)
-    ]
-
-
-def _no_attention(module: nn.Module) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(module).__name__} has no attention layer that headwise knows",
-        expected="a transformers model of type " + ", ".join(sorted(FAMILIES)) + ", or nn.MultiheadAttention inside",
-        fix="build the model on nn.MultiheadAttention, or add a family record (CONTRIBUTING.md)",
-    )
+def _require_equal(have: list[Any], want: list[Any], what: str) -> None:
+    if have != want:
+        raise PlanError(
+            f"a layout of {want} ({what})",
+            expected=f"{have}, which is what the weights have",
+            fix="use the layout that was saved with these weights",
+        )

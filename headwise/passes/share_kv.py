@@ -101,7 +101,7 @@ class ShareKVHeads(Pass):
 
     def _targets(self, view: ModelView) -> list[int]:
         """Kv heads per layer after the pass."""
-        counts = [len(layer.kv) for layer in view.layout]
+        counts = [len(layer.kv) for layer in view.layout.attention]
         if self.ratio is not None:
             return [_nearest_divisor(count, count * (1 - self.ratio)) for count in counts]
         if isinstance(self.kv_heads, tuple) and len(self.kv_heads) != len(counts):

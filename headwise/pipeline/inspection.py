@@ -1,4 +1,4 @@
-"""What a checkpoint holds: heads per layer, parameters, multiply-accumulates, kv bytes per token."""
+"""What a checkpoint holds: heads and neurons per layer, parameters, multiply-accumulates, kv bytes per token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from headwise.gates.model_cost import kv_bytes_per_token, model_cost
@@ -15,7 +15,7 @@ from headwise.pipeline.shapes import sequence_limit
 
 
 def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
-    """Heads and costs of a checkpoint as plain data.
+    """Heads, neurons and costs of a checkpoint as plain data.
 
     ``macs`` is None, with the reason in ``macs_note``, where the inputs cannot be made up from the config.
     """
@@ -23,6 +23,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
     view = checkpoint.view()
     inputs, note = _dummy_inputs(checkpoint, sequence)
     cost = None if inputs is None else model_cost(view, inputs)
+    mlp_of = {id(mlp.block): mlp.index for mlp in view.mlp}
     layers = [
         {
             "layer": layer.index,
@@ -32,8 +33,13 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "head_dim": layer.layout.head_dim,
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
+            "mlp": mlp_of.get(id(layer.block)),
         }
         for layer in view.attention
+    ]
+    mlps = [
+        {"mlp": mlp.index, "path": mlp.path, "neurons": len(mlp.layout.neurons), "width": mlp.layout.width}
+        for mlp in view.mlp
     ]
     return {
         "checkpoint": checkpoint.source,
@@ -42,6 +48,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
         "family": ", ".join(sorted({layer.family.name for layer in view.attention})),
         "digest": checkpoint.digest,
         "layers": layers,
+        "mlps": mlps,
         "parameters": sum(p.numel() for p in view.module.parameters()),
         "macs": None if cost is None else cost.macs,
         "attention_macs": None if cost is None else cost.attention_macs,
@@ -68,9 +75,10 @@ def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torc
 
 def inspection_table(found: dict[str, Any]) -> RenderableType:
     """The same for a terminal."""
-    table = Table("layer", "module", "query heads", "kv heads", "head_dim")
+    table = Table("layer", Column("module", no_wrap=True), "query heads", "kv heads", "head_dim", "neurons")
     for layer in found["layers"]:
-        counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"])
+        neurons = "none" if layer["mlp"] is None else _neurons(found["mlps"][layer["mlp"]])
+        counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"], neurons)
         table.add_row(str(layer["layer"]), layer["path"], *map(str, counts))
     macs = (
         "not counted" if found["macs"] is None else f"{found['macs']:,}, of these attention {found['attention_macs']:,}"
@@ -83,3 +91,8 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
         f"KV bytes per token  {kv}",
     ]
     return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]))
+
+
+def _neurons(mlp: dict[str, Any]) -> str:
+    """``1024``, or ``768 of 1024`` where neurons were removed."""
+    return str(mlp["neurons"]) if mlp["neurons"] == mlp["width"] else f"{mlp['neurons']} of {mlp['width']}"

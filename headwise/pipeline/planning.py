@@ -43,8 +43,8 @@ def plan_passes(
                 "pass": pass_.name,
                 "options": pass_.model_dump(mode="json"),
                 "plan": plan.to_json(),
-                "before": [entry.to_json() for entry in before],
-                "after": [entry.to_json() for entry in plan.predict(before)],
+                "before": before.to_json(),
+                "after": plan.predict(before).to_json(),
             }
         )
         if index + 1 < len(resolved.passes):
@@ -57,7 +57,7 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
     parts: list[RenderableType] = [] if plans else [Text("the recipe has no passes")]
     for entry in plans:
         table = Table("layer", "query heads", "kv heads", _heading(entry["plan"]))
-        for layer, (before, after) in enumerate(zip(entry["before"], entry["after"], strict=True)):
+        for layer, (before, after) in enumerate(_layers(entry)):
             counts = (f"{len(before[key])} -> {len(after[key])}" for key in ("query", "kv"))
             table.add_row(str(layer), *counts, _heads(entry["plan"], layer, before, after))
         parts += [Text(_title(entry), style="bold"), table]
@@ -65,13 +65,15 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def _title(entry: dict[str, Any]) -> str:
-    gone = {
-        key: sum(len(b[key]) - len(a[key]) for b, a in zip(entry["before"], entry["after"], strict=True))
-        for key in ("query", "kv")
-    }
-    totals = {key: sum(len(before[key]) for before in entry["before"]) for key in ("query", "kv")}
+    gone = {key: sum(len(b[key]) - len(a[key]) for b, a in _layers(entry)) for key in ("query", "kv")}
+    totals = {key: sum(len(before[key]) for before, _ in _layers(entry)) for key in ("query", "kv")}
     counts = ", ".join(f"{gone[key]} of {totals[key]} {key} heads" for key in ("query", "kv") if gone[key])
     return f"{entry['pass']}: {counts or 'no heads'} would go"
+
+
+def _layers(entry: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every attention layer before and after the pass."""
+    return list(zip(entry["before"]["attention"], entry["after"]["attention"], strict=True))
 
 
 def _heading(plan: dict[str, Any]) -> str:

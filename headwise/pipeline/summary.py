@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headwise.model.layout import Layout
+
 Report = Mapping[str, Any]
 Stage = Mapping[str, Any]
 
@@ -222,20 +224,21 @@ def seconds(value: float | None) -> str:
 def head_maps(report: Report) -> list[HeadMap]:
     """One map per pass stage that has a record; all have as many columns as the first one needs."""
     stages = [stage for stage in report["stages"] if "plan" in (stage.get("record") or {})]
-    first = stages[0]["record"]["before"] if stages else []
-    columns = 1 + max((head for layer in first for head in layer["query"]), default=0)
+    first = Layout.from_json(stages[0]["record"]["before"]).attention if stages else ()
+    columns = 1 + max((head for layer in first for head in layer.query), default=0)
     return [_head_map(stage, columns) for stage in stages]
 
 
 def _head_map(stage: Stage, columns: int) -> HeadMap:
     record = stage["record"]
-    scores = record["plan"].get("scores") or {"name": "", "layers": [{} for _ in record["before"]]}
+    before, after = (Layout.from_json(record[when]).attention for when in ("before", "after"))
+    scores = record["plan"].get("scores") or {"name": "", "layers": [{} for _ in before]}
     return HeadMap(
         stage=stage["name"],
         score=scores["name"],
         scores=tuple({int(h): float(v) for h, v in layer.items() if v is not None} for layer in scores["layers"]),
-        before=tuple(tuple(layer["query"]) for layer in record["before"]),
-        after=tuple(tuple(layer["query"]) for layer in record["after"]),
+        before=tuple(layer.query for layer in before),
+        after=tuple(layer.query for layer in after),
         columns=columns,
         refit={int(fit["layer"]): fit for fit in record.get("refit") or []},
         twin_error=record.get("twin_error"),

@@ -27,7 +27,7 @@ GPT2 = Family(
     fused=True,
     transposed=True,
     causal=True,
-    mlp=FeedForward(up="mlp.c_fc", down="mlp.c_proj"),
+    mlp=FeedForward(up="mlp.c_fc", down="mlp.c_proj", residual="ln_2", size="n_inner"),
     bookkeeping={"num_heads": query_heads, "split_size": fused_widths, "num_key_value_groups": group_size},
 )
 
@@ -43,7 +43,13 @@ LLAMA = Family(
     head_dim="head_dim",
     causal=True,
     rotary=True,
-    mlp=FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),
+    mlp=FeedForward(
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+        residual="post_attention_layernorm",
+        size="intermediate_size",
+    ),
     bookkeeping={"num_key_value_groups": group_size},
     config={"num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "head_dim": head_width},
 )

@@ -21,12 +21,18 @@ class FeedForward:
         gate: a second projection into the neurons, behind whose activation their values are multiplied (SwiGLU and its
             like); empty where there is none.
         fused: gate and up are the halves of one matrix, named by ``up``; the gate is the first half.
+        residual: the module whose input is the residual stream that the MLP's output is added to: the norm in front of
+            the MLP, or ``up`` itself where norms come behind the addition. Empty where something changes the output
+            before it is added.
+        size: the entry of a stock config that holds the number of neurons; empty where there is none.
     """
 
     up: str
     down: str
     gate: str = ""
     fused: bool = False
+    residual: str = ""
+    size: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

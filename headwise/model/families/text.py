@@ -22,7 +22,9 @@ BERT = Family(
     value="self.value",
     output="output.dense",
     head_dim="self.attention_head_size",
-    mlp=FeedForward(up="intermediate.dense", down="output.dense"),
+    mlp=FeedForward(
+        up="intermediate.dense", down="output.dense", residual="intermediate.dense", size="intermediate_size"
+    ),
     bookkeeping={
         "self.num_attention_heads": query_heads,
         "self.all_head_size": query_width,
@@ -42,6 +44,6 @@ DISTILBERT = Family(
     value="v_lin",
     output="out_lin",
     head_dim="attention_head_size",
-    mlp=FeedForward(up="ffn.lin1", down="ffn.lin2"),
+    mlp=FeedForward(up="ffn.lin1", down="ffn.lin2", residual="ffn.lin1", size="hidden_dim"),
     bookkeeping={"n_heads": query_heads, "num_key_value_groups": group_size},
 )

@@ -20,7 +20,7 @@ VIT = Family(
     value="v_proj",
     output="o_proj",
     head_dim="head_dim",
-    mlp=FeedForward(up="mlp.fc1", down="mlp.fc2"),
+    mlp=FeedForward(up="mlp.fc1", down="mlp.fc2", residual="layernorm_after", size="intermediate_size"),
     bookkeeping={"num_attention_heads": query_heads, "num_key_value_groups": group_size},
     config={"num_attention_heads": query_heads, "head_dim": head_width},
 )

@@ -1,0 +1,123 @@
+"""The MLP of one transformer block: read its weights, gate its neurons, watch them. Nothing here changes a weight.
+
+Shape letters: B batch, T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.families import Family, FeedForward
+from headwise.model.layout import MlpLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpWeights:
+    """The weights of one MLP, in this orientation for every family.
+
+    Attributes:
+        up: (F, D); ``gate``: (F, D), or None where the MLP has no gate.
+        down: (D, F).
+        up_bias, gate_bias: (F,) or None; ``down_bias``: (D,) or None.
+    """
+
+    up: torch.Tensor
+    gate: torch.Tensor | None
+    down: torch.Tensor
+    up_bias: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+
+class MlpView:
+    """The MLP of one block.
+
+    Attributes:
+        index: position in ``ModelView.mlp``.
+        path: dotted name of the block from the root of the model; ``block``: the block itself.
+        record: where the block keeps its MLP.
+        transposed: weights are stored as (in, out).
+        layout: the neurons that it has; surgery sets it together with the weights.
+    """
+
+    def __init__(self, index: int, path: str, block: nn.Module, family: Family, record: FeedForward) -> None:
+        self.index = index
+        self.path = path
+        self.block = block
+        self.record = record
+        self.transposed = family.transposed
+        self.layout = self.count()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Dotted names of its projections from the root of the model."""
+        names = (self.record.up, self.record.gate, self.record.down)
+        return tuple(".".join(filter(None, (self.path, name))) for name in names if name)
+
+    @property
+    def down(self) -> nn.Module:
+        """The projection out of the neurons; its input is what they give, (B, T, F)."""
+        module = attribute(self.block, self.record.down)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def count(self) -> MlpLayout:
+        """The layout that the weights have now, with neurons numbered by position."""
+        neurons = matrix(self.down, transposed=self.transposed)[0].shape[1]
+        return MlpLayout(neurons=tuple(range(neurons)), width=neurons)
+
+    def read(self) -> MlpWeights:
+        """The MLP's weights; views of the stored ones where possible."""
+        up, up_bias = matrix(attribute(self.block, self.record.up), transposed=self.transposed)
+        gate, gate_bias = None, None
+        if self.record.fused:
+            gate, up = up.chunk(2)
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        elif self.record.gate:
+            gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.transposed)
+        down, down_bias = matrix(self.down, transposed=self.transposed)
+        return MlpWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+
+    @contextmanager
+    def gate(self, scale: torch.Tensor) -> Iterator[None]:
+        """Scale what each neuron gives while the block runs.
+
+        Args:
+            scale: (F,), or (B, F) for one gate per sample. Zero is the exact twin of removing the neuron.
+        """
+
+        def scaled(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            # Some blocks flatten samples and tokens before their MLP: (B * T, F).
+            neurons = args[0]
+            if scale.dim() == 1:
+                return (neurons * scale, *args[1:])
+            per_row = neurons.unflatten(0, (len(scale), -1)) if neurons.dim() == 2 else neurons
+            return ((per_row * scale[:, None]).reshape(neurons.shape), *args[1:])
+
+        with hooked(self.down.register_forward_pre_hook(scaled)):
+            yield
+
+    def watch_neurons(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with what the neurons give, (B, T, F), on every forward."""
+        return watched_input(self.down, see)
+
+    def watch_input(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with the MLP's input, (B, T, D), on every forward."""
+        return watched_input(attribute(self.block, self.record.up), see)
+
+    def watch_output(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with the output of the down projection, (B, T, D)."""
+        return watched_output(self.down, see)
+
+    def watch_residual(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with the residual stream that the output is added to, (B, T, D); never where there is none."""
+        if not self.record.residual:
+            return nullcontext()
+        return watched_input(attribute(self.block, self.record.residual), see)
