@@ -18,8 +18,9 @@ from torch import nn
 from headwise.errors import CheckpointError, DataError, PlanError, StorageError, UnsupportedModelError
 from headwise.model import surgery
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run
-from headwise.model.layout import DropHeads, EditPlan, Layout
+from headwise.model.layout import Layout
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 

@@ -14,14 +14,14 @@ from headwise.calibration.tasks import Examples, Task, make_task
 from headwise.calibration.tasks.fidelity import FidelityOptions
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
-from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.passes.base import Pass, make_plan, run_pass
 from headwise.passes.prune_heads import PruneHeads
 from headwise.tolerances import TWIN
 
-OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}}
+OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}, "cluster-heads": {"ratio": 0.5}}
 """Options for passes that have required ones."""
 INSTEAD = {("share-kv", "qwen3"): {"ratio": 0.5, "merge": "mean"}}
 """Where a family needs other options; that the usual ones are refused is tested with the pass."""

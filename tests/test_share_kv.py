@@ -16,8 +16,8 @@ from headwise.calibration.merge import pair_matrices
 from headwise.errors import PlanError
 from headwise.export.onnx import to_onnx
 from headwise.model.checkpoint import Checkpoint
+from headwise.model.edits import DropHeads, EditPlan, ShareKV
 from headwise.model.forward import run
-from headwise.model.layout import DropHeads, EditPlan, ShareKV
 from headwise.model.saving import save_checkpoint
 from headwise.model.surgery import apply
 from headwise.model.view import ModelView, Projections

@@ -12,8 +12,8 @@ from torch import nn
 from headwise.errors import PlanError, SurgeryError, UnsupportedModelError
 from headwise.model import surgery
 from headwise.model.attention import MultiHeadAttention, unpack_attention
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import named_outputs, run
-from headwise.model.layout import DropHeads, EditPlan
 from headwise.model.view import ModelView
 from headwise.tolerances import TWIN
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from headwise.calibration.maps import MapSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
@@ -33,6 +34,13 @@ class Stat(StrEnum):
     INPUT_MOMENT = "input-moment"
     """Per layer (D + 1, D + 1): mean over tokens of ``x x^T``, x = the input of keys and values with a 1 behind it."""
 
+    MAP_SIMILARITY = "map-similarity"
+    """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
+
+    EXCHANGE_COST = "exchange-cost"
+    """Per layer (N, N): entry (i, j) is the mean over tokens of the squared change of the layer output when head i uses
+    the attention weights of head j."""
+
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
 
@@ -41,6 +49,7 @@ class Stat(StrEnum):
 
 
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
+WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +120,7 @@ class _Sums:
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
+        self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
         inputs = to_torch(batch.inputs)
@@ -124,6 +134,8 @@ class _Sums:
                 stack.enter_context(self._watched(layer, mask))
                 if Stat.INPUT_MOMENT in self.needs:
                     stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, mask)))
+                if self.needs & WEIGHTS:
+                    stack.enter_context(self.maps[layer.index].watched(layer, mask))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -175,6 +187,10 @@ class _Sums:
         if Stat.INPUT_MOMENT in self.needs:
             # The last entry counts the tokens.
             every[Stat.INPUT_MOMENT] = tuple(m / m[-1, -1] for _, m in sorted(self.moments.items()))
+        if Stat.MAP_SIMILARITY in self.needs:
+            every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
+        if Stat.EXCHANGE_COST in self.needs:
+            every[Stat.EXCHANGE_COST] = tuple(maps.cost / maps.tokens for maps in self.maps)
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)

@@ -14,7 +14,9 @@ from torch import nn
 
 from headwise.errors import SurgeryError
 from headwise.model.access import assign, attribute
-from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, ShareKV
+from headwise.model.attend import bind
+from headwise.model.edits import ClusterHeads, DropHeads, EditPlan, ShareKV
+from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
 
 
@@ -59,12 +61,14 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 drop_heads(layer, edit)
             case ShareKV():
                 share_kv(layer, edit, (payloads or {})[position])
-    counted = tuple(view.count() for view in model.attention)
-    for view, want, have in zip(model.attention, predicted.attention, counted, strict=True):
-        if view.layout != want or (len(have.query), len(have.kv)) != (len(want.query), len(want.kv)):
+            case ClusterHeads():
+                cluster_heads(layer, edit)
+    for view, want in zip(model.attention, predicted.attention, strict=True):
+        if view.layout != want or not view.fits():
+            have = view.layout
             raise SurgeryError(
                 f"layer {view.index} has {len(have.query)} query and {len(have.kv)} kv heads after surgery",
-                expected=f"{len(want.query)} and {len(want.kv)}, as planned",
+                expected=f"{len(want.query)} and {len(want.kv)}, as planned, and weights of that many",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
 
@@ -73,7 +77,8 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
 def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
-    Dropped heads are gated to zero. Shared heads are written out for each of their readers.
+    Dropped heads are gated to zero. Shared heads are written out for each of their readers, and so are the queries and
+    keys of representatives.
     """
     with ExitStack() as stack:
         for layer in model.attention:
@@ -82,32 +87,59 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
             stack.enter_context(layer.gate(torch.tensor(gates, dtype=layer.read().output.dtype)))
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
-                stack.enter_context(_written_out(model.attention[edit.layer], edit, (payloads or {})[position]))
+                layer = model.attention[edit.layer]
+                stack.enter_context(_written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
+            if isinstance(edit, ClusterHeads):
+                layer = model.attention[edit.layer]
+                stack.enter_context(_written(layer, *_spread_clusters(layer, edit)))
         yield
 
 
 @contextmanager
-def _written_out(view: AttentionView, edit: ShareKV, shared: SharedKV) -> Iterator[None]:
+def _written(view: AttentionView, weights: Projections, layout: AttentionLayout) -> Iterator[None]:
+    """Other weights while the block runs."""
+    old, before = view.read(), view.layout
+    write(view, weights, layout)
+    try:
+        yield
+    finally:
+        write(view, old, before)
+
+
+def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projections, AttentionLayout]:
+    """Every head with the queries and keys of its representative, as multi-head attention."""
+    old, layout = view.read(), view.layout
+    used = [layout.query.index(head) for head in edit.apply(layout).represented or layout.query]
+    keys = [layout.kv.index(layout.reads(layout.query[position])) for position in used]
+    values = [layout.kv.index(layout.reads(head)) for head in layout.query]
+    spread = Projections(
+        query=old.query[used],
+        key=old.key[keys],
+        value=old.value[values],
+        output=old.output,
+        query_bias=_pick(old.query_bias, used),
+        key_bias=_pick(old.key_bias, keys),
+        value_bias=_pick(old.value_bias, values),
+        output_bias=old.output_bias,
+    )
+    return spread, replace(layout, kv=tuple(range(len(used))))
+
+
+def _spread_shared(view: AttentionView, edit: ShareKV, shared: SharedKV) -> tuple[Projections, AttentionLayout]:
+    """Every kv head as the map of its group's shared head."""
     old, layout = view.read(), view.layout
     group_of = {head: index for index, group in enumerate(edit.groups) for head in group}
     groups = [group_of[head] for head in layout.kv]
     bias = old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias)
-    write(
-        view,
-        replace(
-            old,
-            key=_mapped(shared.key_maps, shared.key[groups]),
-            value=_mapped(shared.value_maps, shared.value[groups]),
-            key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
-            value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
-            output_bias=bias,
-        ),
-        layout,
+    spread = replace(
+        old,
+        key=_mapped(shared.key_maps, shared.key[groups]),
+        value=_mapped(shared.value_maps, shared.value[groups]),
+        key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
+        value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
+        output_bias=bias,
     )
-    try:
-        yield
-    finally:
-        write(view, old, layout)
+    return spread, layout
 
 
 def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
@@ -138,6 +170,21 @@ def _mapped(maps: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
 def _added(bias: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
     assert bias is not None, "a constant is only folded where there is an output bias"
     return bias.double() + delta.double()
+
+
+def cluster_heads(view: AttentionView, edit: ClusterHeads) -> None:
+    """Slice the queries of members out, and the keys that no representative reads."""
+    old, before, layout = view.read(), view.layout, edit.apply(view.layout)
+    queries = [before.query.index(head) for head in layout.scoring]
+    keys = [before.kv.index(head) for head in layout.keyed]
+    new = replace(
+        old,
+        query=old.query[queries],
+        key=old.key[keys],
+        query_bias=_pick(old.query_bias, queries),
+        key_bias=_pick(old.key_bias, keys),
+    )
+    write(view, new, layout)
 
 
 def drop_heads(view: AttentionView, edit: DropHeads) -> None:
@@ -182,13 +229,14 @@ def reshape(model: ModelView, layout: Layout) -> None:
     for view, entry in zip(model.attention, layout.attention, strict=True):
         old = view.read()
         n, k, h = len(entry.query), len(entry.kv), entry.head_dim
+        r, j = len(entry.scoring), len(entry.keyed)
         zeros = Projections(
-            query=old.query.new_zeros(n, h, old.query.shape[2]),
-            key=old.key.new_zeros(k, h, old.key.shape[2]),
+            query=old.query.new_zeros(r, h, old.query.shape[2]),
+            key=old.key.new_zeros(j, h, old.key.shape[2]),
             value=old.value.new_zeros(k, h, old.value.shape[2]),
             output=old.output.new_zeros(old.output.shape[0], n, h),
-            query_bias=None if old.query_bias is None else old.query_bias.new_zeros(n, h),
-            key_bias=None if old.key_bias is None else old.key_bias.new_zeros(k, h),
+            query_bias=None if old.query_bias is None else old.query_bias.new_zeros(r, h),
+            key_bias=None if old.key_bias is None else old.key_bias.new_zeros(j, h),
             value_bias=None if old.value_bias is None else old.value_bias.new_zeros(k, h),
             output_bias=old.output_bias,
         )
@@ -209,6 +257,7 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
     _store(view, family.output, new.output.flatten(1), new.output_bias)
     for path, count in family.bookkeeping.items():
         assign(view.module, path, count(layout))
+    bind(view.caller, layout)
     view.layout = layout
 
 

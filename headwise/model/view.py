@@ -1,6 +1,7 @@
 """The same eyes for every model: read heads, gate heads, watch head outputs. Nothing here changes a weight.
 
-Shape letters: B batch, T tokens, D model width, N query heads, K kv heads, H head_dim.
+Shape letters: B batch, T tokens, D model width, N query heads, K kv heads, H head_dim. In a clustered layer R of the N
+query heads have queries and J of the K kv heads have keys; elsewhere R is N and J is K.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from headwise.errors import PlanError
 from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.attend import See as SeeWeights
+from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
 from headwise.model.families import Family
 from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
@@ -28,9 +31,9 @@ class Projections:
     """The weights of one attention layer, in this order and shape for every family.
 
     Attributes:
-        query: (N, H, D); ``key`` and ``value``: (K, H, D).
+        query: (R, H, D); ``key``: (J, H, D); ``value``: (K, H, D).
         output: (D, N, H).
-        query_bias: (N, H) or None; ``key_bias`` and ``value_bias``: (K, H) or None.
+        query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
         output_bias: (D,) or None.
     """
 
@@ -62,15 +65,32 @@ class AttentionView:
         self.block = block
         self.family = family
         self.residual = True
-        self.layout = self.count()
+        self.layout = bound(self.caller) or self._plain_layout()
 
-    def count(self) -> AttentionLayout:
-        """The layout that the weights have now, with heads numbered by position."""
+    @property
+    def caller(self) -> nn.Module:
+        """The module that calls the attention function."""
+        module = attribute(self.module, self.family.caller)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def _plain_layout(self) -> AttentionLayout:
+        """The layout of an unedited module, with heads numbered by position."""
         head_dim = int(attribute(self.module, self.family.head_dim))
         queries = self._matrix(self.output)[0].shape[1] // head_dim
         rows = self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
         kvs = (rows - queries) // 2 if self.family.fused else rows
         return AttentionLayout(query=tuple(range(queries)), kv=tuple(range(kvs)), head_dim=head_dim)
+
+    def fits(self) -> bool:
+        """Whether the weights have the shapes that the layout says."""
+        layout, H = self.layout, self.layout.head_dim
+        rows = [len(heads) * H for heads in (layout.scoring, layout.keyed, layout.kv)]
+        family = self.family
+        paths = [family.query] if family.fused else [family.query, family.key, family.value]
+        have = [self._matrix(attribute(self.module, path))[0].shape[0] for path in paths]
+        width = self._matrix(self.output)[0].shape[1]
+        return have == ([sum(rows)] if family.fused else rows) and width == len(layout.query) * H
 
     @property
     def output(self) -> nn.Module:
@@ -89,7 +109,7 @@ class AttentionView:
         H = self.layout.head_dim
         if family.fused:
             weight, bias = self._matrix(attribute(self.module, family.query))
-            sizes = [H * n for n in (len(self.layout.query), len(self.layout.kv), len(self.layout.kv))]
+            sizes = [H * len(heads) for heads in (self.layout.scoring, self.layout.keyed, self.layout.kv)]
             weights = weight.split(sizes)
             biases = (None,) * 3 if bias is None else bias.split(sizes)
         else:
@@ -128,6 +148,10 @@ class AttentionView:
     def watch_heads(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the head outputs, (B, T, N, H), on every forward."""
         return watched_input(self.output, lambda heads: see(heads.unflatten(-1, (-1, self.layout.head_dim))))
+
+    def watch_weights(self, see: SeeWeights) -> AbstractContextManager[None]:
+        """Call ``see`` with attention weights, (B, N, T, S), and the values they weigh, (B, N, S, H)."""
+        return watch(self.caller, see)
 
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headwise.passes.base import Pass
+from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.prune_heads import PruneHeads
 from headwise.passes.share_kv import ShareKVHeads
 
-PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, ShareKVHeads)}
+PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, ShareKVHeads, ClusterHeadsPass)}
 """The only registry: name in a recipe -> pass."""

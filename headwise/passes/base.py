@@ -16,8 +16,9 @@ from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
 from headwise.errors import SurgeryError
 from headwise.model import surgery
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run, to_torch
-from headwise.model.layout import DropHeads, EditPlan, Layout
+from headwise.model.layout import Layout
 from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
 from headwise.spec import Spec

@@ -19,7 +19,7 @@ from headwise.calibration.merge import (
 )
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.layout import EditPlan, ShareKV
+from headwise.model.edits import EditPlan, ShareKV
 from headwise.model.surgery import Payloads, SharedKV
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass, Recovery

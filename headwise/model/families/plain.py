@@ -9,6 +9,7 @@ from torch import nn
 from headwise.model.families.record import (
     Family,
     FeedForward,
+    group_size,
     query_heads,
 )
 
@@ -21,7 +22,7 @@ PLAIN = Family(
     output="out_proj",
     head_dim="head_dim",
     mlp=FeedForward(up="linear1", down="linear2"),
-    bookkeeping={"num_heads": query_heads},
+    bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
 )
 """Modules built on ``nn.MultiheadAttention``; its layers are found by type, whatever the modules around them."""
 

@@ -46,6 +46,7 @@ class Family:
         attention: path from a block to its attention module.
         query: path from the attention module to the query projection; likewise ``key``, ``value``, ``output``.
         head_dim: path from the attention module to the width of one head.
+        caller: path from the attention module to the module that calls the attention function of transformers.
         fused: query, key and value are the thirds of one matrix, named by ``query``.
         transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
         causal: every token sees only itself and earlier tokens.
@@ -67,6 +68,7 @@ class Family:
     value: str
     output: str
     head_dim: str
+    caller: str = ""
     fused: bool = False
     transposed: bool = False
     causal: bool = False
@@ -107,8 +109,7 @@ def head_width(layout: AttentionLayout) -> int:
 
 def fused_widths(layout: AttentionLayout) -> list[int]:
     """Rows of query, key and value in one fused matrix."""
-    kv_width = len(layout.kv) * layout.head_dim
-    return [query_width(layout), kv_width, kv_width]
+    return [len(heads) * layout.head_dim for heads in (layout.scoring, layout.keyed, layout.kv)]
 
 
 def query_width(layout: AttentionLayout) -> int:

@@ -22,6 +22,7 @@ BERT = Family(
     value="self.value",
     output="output.dense",
     head_dim="self.attention_head_size",
+    caller="self",
     mlp=FeedForward(
         up="intermediate.dense", down="output.dense", residual="intermediate.dense", size="intermediate_size"
     ),

@@ -1,0 +1,218 @@
+"""The edits that change a layout, and the plans that hold them. Pure data: no tensors, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from headwise.errors import PlanError
+from headwise.model.layout import AttentionLayout, Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropHeads:
+    """Remove query heads of one layer, and the kv heads that nobody reads afterwards.
+
+    Attributes:
+        layer: index of the attention layer.
+        query: original ids of the query heads to remove.
+    """
+
+    type: ClassVar[str] = "drop-heads"
+    layer: int
+    query: tuple[int, ...]
+
+    def check(self, layout: AttentionLayout) -> None:
+        """Raise PlanError unless the edit leaves a layer that can run."""
+        _refuse_clustered(self.layer, layout)
+        unknown = sorted(set(self.query) - set(layout.query))
+        if unknown:
+            raise PlanError(
+                f"layer {self.layer} has no query head {unknown[0]}",
+                expected=f"one of {list(layout.query)}",
+                fix="plan on the layout that the model has now; heads keep their original ids",
+            )
+        if len(set(self.query)) == len(layout.query):
+            raise PlanError(
+                f"layer {self.layer} would keep 0 of {len(layout.query)} query heads",
+                expected="at least 1 head in every layer",
+                fix="lower the ratio, or set scope: layer so that every layer gives the same share",
+            )
+        gone = set(self.query)
+        left = {len(set(unit) - gone) for unit in layout.units()} - {0}
+        if len(left) > 1:
+            raise PlanError(
+                f"layer {self.layer} would keep groups of {sorted(left)} query heads per kv head",
+                expected="the same number of query heads for every kv head that stays",
+                fix="remove whole kv groups, or the same number of query heads from every group",
+            )
+
+    def apply(self, layout: AttentionLayout) -> AttentionLayout:
+        return layout.without(self.query)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "query": list(self.query)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DropHeads:
+        return cls(layer=int(data["layer"]), query=tuple(data["query"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareKV:
+    """Let several kv heads of one layer become one, which keeps the id of the first; query heads stay, regrouped.
+
+    Attributes:
+        layer: index of the attention layer.
+        groups: original ids of the kv heads that become one, in the storage order of the new heads.
+    """
+
+    type: ClassVar[str] = "share-kv"
+    layer: int
+    groups: tuple[tuple[int, ...], ...]
+
+    def check(self, layout: AttentionLayout) -> None:
+        """Raise PlanError unless every kv head is in one group and all groups have equally many."""
+        _refuse_clustered(self.layer, layout)
+        members = [head for group in self.groups for head in group]
+        if sorted(members) != sorted(layout.kv):
+            raise PlanError(
+                f"layer {self.layer} has kv heads {list(layout.kv)}, the groups hold {members}",
+                expected="every kv head in exactly one group",
+                fix="plan on the layout that the model has now; heads keep their original ids",
+            )
+        sizes = sorted({len(group) for group in self.groups})
+        if len(sizes) > 1:
+            raise PlanError(
+                f"layer {self.layer} would have groups of {sizes} kv heads",
+                expected="equally many in every group, so that every shared head serves equally many query heads",
+                fix=f"choose a number of kv heads that divides {len(layout.kv)}",
+            )
+
+    def apply(self, layout: AttentionLayout) -> AttentionLayout:
+        readers = dict(zip(layout.kv, layout.units(), strict=True))
+        query = tuple(head for group in self.groups for kv in group for head in readers[kv])
+        return replace(layout, query=query, kv=tuple(group[0] for group in self.groups))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "groups": [list(group) for group in self.groups]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ShareKV:
+        return cls(layer=int(data["layer"]), groups=tuple(tuple(group) for group in data["groups"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterHeads:
+    """Let query heads of one layer use the attention weights of a representative; values and output stay.
+
+    Attributes:
+        layer: index of the attention layer.
+        clusters: original ids of the query heads of every cluster, its representative first.
+    """
+
+    type: ClassVar[str] = "cluster-heads"
+    layer: int
+    clusters: tuple[tuple[int, ...], ...]
+
+    def check(self, layout: AttentionLayout) -> None:
+        """Raise PlanError unless every query head is in exactly one cluster."""
+        _refuse_clustered(self.layer, layout)
+        members = [head for cluster in self.clusters for head in cluster]
+        if sorted(members) != sorted(layout.query):
+            raise PlanError(
+                f"layer {self.layer} has query heads {list(layout.query)}, the clusters hold {members}",
+                expected="every query head in exactly one cluster",
+                fix="plan on the layout that the model has now; heads keep their original ids",
+            )
+
+    def apply(self, layout: AttentionLayout) -> AttentionLayout:
+        representative = {head: cluster[0] for cluster in self.clusters for head in cluster}
+        if all(head == used for head, used in representative.items()):
+            return layout
+        return replace(layout, represented=tuple(representative[head] for head in layout.query))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "clusters": [list(cluster) for cluster in self.clusters]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ClusterHeads:
+        return cls(layer=int(data["layer"]), clusters=tuple(tuple(cluster) for cluster in data["clusters"]))
+
+
+def _refuse_clustered(layer: int, layout: AttentionLayout) -> None:
+    if layout.represented:
+        raise PlanError(
+            f"the heads of layer {layer} are clustered already",
+            expected="a layer whose heads have queries and keys of their own",
+            fix="put cluster-heads behind the other attention passes of the recipe, once",
+        )
+
+
+Edit = DropHeads | ShareKV | ClusterHeads
+EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The numbers that a decision rests on.
+
+    Attributes:
+        name: the score's name, as in a recipe.
+        layers: per layer, original query head id -> score; higher is more important.
+    """
+
+    name: str
+    layers: tuple[Mapping[int, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "layers": [{str(head): value for head, value in layer.items()} for layer in self.layers],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scores:
+        layers = tuple({int(head): float(value) for head, value in layer.items()} for layer in data["layers"])
+        return cls(name=data["name"], layers=layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditPlan:
+    """What a pass wants to change, and why. Survives a round trip through JSON unchanged."""
+
+    edits: tuple[Edit, ...]
+    scores: Scores | None = field(default=None)
+
+    def check(self, layout: Layout) -> None:
+        """Raise PlanError, naming the layer, unless every edit can be made in this order."""
+        self._walk(layout, check=True)
+
+    def predict(self, layout: Layout) -> Layout:
+        """The layout after the edits, without a model. Surgery must land exactly here."""
+        return self._walk(layout, check=False)
+
+    def _walk(self, layout: Layout, *, check: bool) -> Layout:
+        layers = list(layout.attention)
+        for edit in self.edits:
+            if not 0 <= edit.layer < len(layers):
+                raise PlanError(
+                    f"the plan edits layer {edit.layer}",
+                    expected=f"a layer from 0 to {len(layers) - 1}",
+                    fix="plan on this model, not on another one",
+                )
+            if check:
+                edit.check(layers[edit.layer])
+            layers[edit.layer] = edit.apply(layers[edit.layer])
+        return replace(layout, attention=tuple(layers))
+
+    def to_json(self) -> dict[str, Any]:
+        scores = None if self.scores is None else self.scores.to_json()
+        return {"edits": [edit.to_json() for edit in self.edits], "scores": scores}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> EditPlan:
+        edits = tuple(EDITS[edit["type"]].from_json(edit) for edit in data["edits"])
+        scores = None if data.get("scores") is None else Scores.from_json(data["scores"])
+        return cls(edits=edits, scores=scores)
