@@ -16,6 +16,7 @@ from rich.console import Console
 
 from headwise.errors import DataError, StorageError
 from headwise.pipeline import plots, summary
+from headwise.pipeline.head_maps import head_maps
 from headwise.pipeline.report import junit, markdown, read_report, terminal, write_report
 from headwise.pipeline.report_html import html
 
@@ -295,7 +296,7 @@ def test_numbers_and_times() -> None:
 
 
 def test_head_map_counts_what_the_layouts_say(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     assert heads.removed == ((1, 4), (0, 2, 3, 5), (0, 3))
     assert heads.columns == 6
     assert heads.score == "contribution"
@@ -303,10 +304,10 @@ def test_head_map_counts_what_the_layouts_say(report: Report) -> None:
 
 
 def test_a_report_of_version_0_1_0_is_still_read(report: Report) -> None:
-    now = summary.head_maps(report)
+    now = head_maps(report)
     made = report["stages"][1]["record"]
     made |= {when: made[when]["attention"] for when in ("before", "after")}
-    assert summary.head_maps(report) == now
+    assert head_maps(report) == now
 
 
 def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> None:
@@ -314,7 +315,7 @@ def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> 
     second = {**copy.deepcopy(first), "before": first["after"], "after": first["after"]}
     second["plan"] = {"edits": [], "scores": None}
     report["stages"].insert(2, stage("prune-heads-2", "pass", record=second))
-    again = summary.head_maps(report)[1]
+    again = head_maps(report)[1]
     assert (again.columns, again.removed) == (6, ((), (), ()))
     svg = plots.head_plot(again).svg
     assert "4/4" in svg
@@ -322,7 +323,7 @@ def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> 
 
 
 def test_head_plot_crosses_out_every_removed_head(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     plot = plots.head_plot(heads)
     crossed = re.findall(r"fill: none; stroke: var\(--bad\); stroke-width: 1\.8", plot.svg)
     assert len(crossed) == 2 * 8, "two arms for each of eight heads"
@@ -336,7 +337,7 @@ def opacities(svg: str) -> list[float]:
 
 
 def test_head_plot_is_darker_where_the_score_is_higher(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     flat = [heads.scores[layer][head] for layer in range(3) for head in range(6)]
     shades = opacities(plots.head_plot(heads).svg)
     assert len(shades) == 18
@@ -375,7 +376,7 @@ def test_accuracy_plot_of_a_metric_where_lower_is_better(report: Report) -> None
 
 
 def test_figures_have_no_fixed_colour_and_are_reproducible(report: Report) -> None:
-    made = [*plots.accuracy_plots(report), *plots.cost_plots(report), plots.head_plot(summary.head_maps(report)[0])]
+    made = [*plots.accuracy_plots(report), *plots.cost_plots(report), plots.head_plot(head_maps(report)[0])]
     assert len(made) == 2 + 5 + 1
     for plot in made:
         assert not re.findall(r"#(?!ffffff)[0-9a-f]{6}\b", re.sub(r'"#[^"]*"|url\(#[^)]*\)', "", plot.svg)), plot.title

@@ -50,6 +50,9 @@ class ExportSpec(Spec):
     """The float type of weights and activations."""
     opset: int = Field(default=23, ge=20, le=24)
     """ONNX opset; 23 is the first one with the Attention operator, which becomes one fused kernel."""
+    clusters: Literal["auto", "gathered", "fused"] = "auto"
+    """How clustered layers compute: scores of the representatives only, gathered for all heads (``gathered``), or all
+    scores in one fused kernel per layer (``fused``). ``auto`` exports both: fused for engines, else the faster one."""
     keep_io: bool = False
     """Keep float inputs and outputs in fp32 and cast inside of the graph."""
     batch: Range = Range()

@@ -12,6 +12,7 @@ from headwise.gates.cost import device_name, latency
 from headwise.gates.judge import judge_all, not_run
 from headwise.gates.measure import Measurement, Predictions, load_measurements, measure, predict, save_measurements
 from headwise.gates.model_cost import model_cost
+from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
 from headwise.pipeline.monitor import Monitor
@@ -116,6 +117,14 @@ class Gatekeeper:
             "rounds": value.rounds,
             "threads": value.threads,
         }
+
+    def compare(self, graphs: Mapping[Form, Path]) -> dict[Form, float]:
+        """Median latencies in ms of several graphs, in one interleaved run on one thread."""
+        self.monitor.work("latency", 0)
+        with ExitStack() as stack:
+            runners = {str(name): stack.enter_context(OrtRunner(path, threads=1)) for name, path in graphs.items()}
+            found = latency(runners, self.cost_row())
+        return {name: found[name].median_ms for name in graphs}
 
     def model_cost(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Parameters, multiply-accumulates and kv bytes of a PyTorch model, for one sample."""

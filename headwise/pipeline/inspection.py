@@ -33,6 +33,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "head_dim": layer.layout.head_dim,
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
+            "represented": list(layer.layout.represented),
             "mlp": mlp_of.get(id(layer.block)),
         }
         for layer in view.attention

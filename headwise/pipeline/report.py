@@ -18,8 +18,9 @@ from rich.text import Text
 from headwise.artifacts import write_atomic
 from headwise.errors import DataError
 from headwise.pipeline import summary
+from headwise.pipeline.head_maps import head_maps
 from headwise.pipeline.report_html import html
-from headwise.pipeline.summary import ABSENT, COSTS, Report, Stage
+from headwise.pipeline.summary import COSTS, Report, Stage
 
 SCHEMA = "headwise.report/1"
 REPORT = "report.json"
@@ -200,13 +201,13 @@ def _markdown_cost(report: Report) -> list[str]:
 
 def _markdown_heads(report: Report) -> list[str]:
     lines = []
-    for heads in summary.head_maps(report):
+    for heads in head_maps(report):
         rows = [
-            (layer, len(old), len(new), ", ".join(map(str, gone)) or ABSENT)
-            for layer, (old, new, gone) in enumerate(zip(heads.before, heads.after, heads.removed, strict=True))
+            (layer, len(old), len(new), change)
+            for layer, (old, new, change) in enumerate(zip(heads.before, heads.after, heads.changes, strict=True))
         ]
         lines += [f"## Heads: {_escape(heads.stage)}", ""]
-        lines += _markdown_table(("Layer", "Before", "After", "Removed heads (original ids)"), rows)
+        lines += _markdown_table(("Layer", "Before", "After", "Change (original ids)"), rows)
     return lines
 
 

@@ -9,6 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from headwise.pipeline import plots, summary
+from headwise.pipeline.head_maps import head_maps
 from headwise.pipeline.summary import COSTS, Report
 
 
@@ -18,7 +19,7 @@ def html(report: Report) -> str:
         "accuracy": [_figure(plot) for plot in plots.accuracy_plots(report)],
         "cost": [_figure(plot) for plot in plots.cost_plots(report)],
     }
-    heads = [(head_map, _figure(plots.head_plot(head_map))) for head_map in summary.head_maps(report)]
+    heads = [(head_map, _figure(plots.head_plot(head_map))) for head_map in head_maps(report)]
     return _template().render(
         report=report,
         rows=list(summary.accuracy_rows(report)),

@@ -17,9 +17,12 @@ from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine, profiles_for
 from headwise.gates.cost import graph_cost
+from headwise.model.attend import form
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.saving import save_checkpoint
+from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
+from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.recipe import Recipe, engine_stage
@@ -137,7 +140,7 @@ class Stages:
         with self.results.stage("onnx") as entry:
             key = {"parent": model.digest, **self._export_key()}
             artifact = self._artifact(entry, key, lambda folder: self._export(model.checkpoint, folder))
-            entry.record = {"parity": artifact.info["parity"], "nodes": artifact.info["nodes"]}
+            entry.record = {key: artifact.info[key] for key in ("parity", "nodes", "forms") if key in artifact.info}
             graph = Graph(
                 path=artifact.path / GRAPH,
                 digest=artifact.digest,
@@ -223,7 +226,9 @@ class Stages:
         examples, spec = self.workspace.examples, self.workspace.recipe.export
         sequence = None if spec.sequence is None else spec.sequence.opt
         axes = {name: list(varying) for name, varying in examples.dynamic_axes().items()}
-        return {"opset": spec.opset, "sample": examples.digest, "axes": axes, "sequence": sequence, **versions("onnx")}
+        forms = [spec.clusters, bool(self.workspace.recipe.targets)]
+        sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
+        return {"opset": spec.opset, "clusters": forms, **sample, **versions("onnx")}
 
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
@@ -244,15 +249,32 @@ class Stages:
 
     def _export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         self.monitor.work("export", 0)
-        examples = self.workspace.examples
-        copy = checkpoint.copy()
-        scopes = [layer.path for layer in copy.view().attention]
-        opset = self.workspace.recipe.export.opset
-        info = to_onnx(
-            copy.module, examples.example_batch(), folder / GRAPH, dynamic=examples.dynamic_axes(), opset=opset
+        view = checkpoint.copy().view()
+        if not any(layer.represented for layer in view.layout.attention):
+            return self._export_form(view, folder / GRAPH)
+        recipe = self.workspace.recipe
+        made = {}
+        for name in FORMS:
+            with form(name):
+                made[name] = self._export_form(view, folder / name / GRAPH)
+        choice = choose_form(
+            {name: info["graph"]["macs"] for name, info in made.items()},
+            self.gatekeeper.compare({name: folder / name / GRAPH for name in made}),
+            wanted=recipe.export.clusters,
+            engines=bool(recipe.targets),
         )
+        for path in (folder / choice.form).iterdir():
+            path.rename(folder / path.name)
+        return {**made[choice.form], "forms": choice.to_json()}
+
+    def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
+        examples = self.workspace.examples
+        scopes = [layer.path for layer in view.attention]
+        opset = self.workspace.recipe.export.opset
+        path.parent.mkdir(exist_ok=True)
+        info = to_onnx(view.module, examples.example_batch(), path, dynamic=examples.dynamic_axes(), opset=opset)
         return {
-            "graph": self._graph_cost(folder / GRAPH, scopes),
+            "graph": self._graph_cost(path, scopes),
             "parity": [p._asdict() for p in info.parity],
             "nodes": dict(info.nodes),
             "scopes": scopes,
