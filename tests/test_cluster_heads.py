@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import FACTORIES, HEADS, LAYERS, MODELS, MULTI_HEAD, largest_difference, make_inputs, make_model
 from pydantic import ValidationError
+from runs import PLAIN, plain_files, write_recipe
+from runs import run as run_recipe
 from test_passes import samples
 
-from headwise.errors import PlanError
+from headwise.errors import MachineError, PlanError
 from headwise.export.onnx import to_onnx
 from headwise.model.attend import attend, bind, form, plain
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
@@ -24,6 +26,7 @@ from headwise.model.view import ModelView
 from headwise.passes.base import PassRecord, make_plan, run_pass
 from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.clustering import by_cost, by_similarity, elbow
+from headwise.pipeline import stages
 from headwise.tolerances import TWIN
 
 CLUSTERS = ((2, 0), (1, 3))
@@ -284,3 +287,36 @@ def test_impossible_counts_are_refused(options: dict[str, object], message: str)
 
 def test_a_plain_layout_is_numbered_by_position() -> None:
     assert plain(4, 2, 8).reads(3) == 1
+
+
+CLUSTERED = {"passes": [{"cluster-heads": {"clusters": 2, "ridge": 0.01}}], "gate": {"max_drop": 100}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "chosen", "why"),
+    [
+        (["export.clusters=gathered"], "gathered", "the recipe asks for it"),
+        (["targets=[sm86]"], "fused", "TensorRT has one kernel"),
+    ],
+)
+def test_a_run_exports_both_forms_and_goes_on_with_one(
+    overrides: list[str], chosen: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = plain_files(tmp_path / "run")
+    write_recipe(folder, {**PLAIN, **CLUSTERED})
+    monkeypatch.setattr(stages, "build_engine", no_builder)
+    found = run_recipe(folder, *overrides)
+    onnx = next(stage for stage in found.report["stages"] if stage["name"] == "onnx")
+    assert onnx["status"] == "passed"
+    forms = onnx["record"]["forms"]
+    assert forms["form"] == chosen
+    assert why in forms["why"]
+    assert forms["macs"]["gathered"] < forms["macs"]["fused"]
+    assert set(forms["latency_ms"]) == {"gathered", "fused"}
+    assert onnx["cost"]["macs"] == forms["macs"][chosen]
+    assert (onnx["record"]["nodes"].get("Attention", 0) == LAYERS) == (chosen == "fused")
+    assert next(iter((folder / "out").glob("*-onnx"))).joinpath("model.onnx").exists()
+
+
+def no_builder(*_: object, **__: object) -> None:
+    raise MachineError("no builder in this test", expected="one", fix="none")
