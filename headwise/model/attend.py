@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,15 +22,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headwise.model.layout import AttentionLayout
+from headwise.model.membership import membership
 
 NAME = "headwise"
+Positions = list[int] | torch.Tensor
 Form = Literal["gathered", "fused"]
 See = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with attention weights, (B, N, T, S), and values, (B, N, S, H), one entry per query head."""
 
 _HIDDEN = -3e4
 """Score of a key that must not be seen: no weight is left after softmax, and it is a number in float16."""
-_LAYOUT, _SEE = "_headwise_layout", "_headwise_see"
+_LAYOUT, _SEE, _MEMBERS = "_headwise_layout", "_headwise_see", "_headwise_members"
 _form: ContextVar[Form] = ContextVar("form", default="gathered")
 
 
@@ -51,7 +53,7 @@ def form(name: Form) -> Iterator[None]:
 def bind(caller: nn.Module, layout: AttentionLayout) -> None:
     """Let ``caller``, the module that calls the attention function, compute what ``layout`` says."""
     setattr(caller, _LAYOUT, layout)
-    if layout.represented and (config := getattr(caller, "config", None)) is not None:
+    if layout.clustered and (config := getattr(caller, "config", None)) is not None:
         config._attn_implementation = NAME
 
 
@@ -101,20 +103,27 @@ def attend(
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
-    if (layout is None or not layout.represented) and not explicit:
+    if (layout is None or not layout.clustered) and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
+    use = _selection(module, layout, query, key, shift, scale)
+    if shift is not None and shift.shape[1] > 1:
+        shift = _take(shift, use.queries)
+    queries, keys = _take(query, use.queries), _take(key, use.keys)
     if not explicit and _form.get() == "fused":
-        return _fused(layout, query, key, value, shift, scale).transpose(1, 2), None
-    scores = query @ _take(key, _keys(layout)).mT * scale
+        queries, keys = _take(queries, use.weights), _take(keys, use.weights)
+        values = _take(value, _readers(layout))
+        shift = shift if shift is None or shift.shape[1] == 1 else _take(shift, use.weights)
+        return F.scaled_dot_product_attention(queries, keys, values, shift, scale=scale).transpose(1, 2), None
+    scores = queries @ keys.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores if shift is None else scores + shift, dim=-1)
-    weights = _take(F.dropout(weights, options.get("dropout", 0.0), training=module.training), _weights(layout))
+    weights = _take(F.dropout(weights, options.get("dropout", 0.0), training=module.training), use.weights)
     if see is not None:
         see(weights, value.repeat_interleave(layout.group, dim=1))
     # Each kv head's values meet the weights of all its readers at once, so that values are not repeated.
@@ -128,22 +137,45 @@ def plain(queries: int, kvs: int, head_dim: int) -> AttentionLayout:
     return AttentionLayout(query=tuple(range(queries)), kv=tuple(range(kvs)), head_dim=head_dim)
 
 
-def _fused(
+class _Selection(NamedTuple):
+    """Positions along head axes: the same for all samples, or (B, ...) tensors.
+
+    Attributes:
+        queries: per scoring head its position among the given queries.
+        keys: per scoring head the position of the key head that it reads.
+        weights: per query head the position of the scoring head whose weights it uses.
+    """
+
+    queries: Positions
+    keys: Positions
+    weights: Positions
+
+
+def _selection(
+    module: nn.Module,
     layout: AttentionLayout,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     shift: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
-    """Every head with the queries and keys of its representative, (B, N, T, H)."""
-    members = _weights(layout)
-    queries = _take(query, members)
-    keys = _take(key, [_keys(layout)[position] for position in members])
-    if shift is not None and shift.shape[1] > 1:
-        shift = _take(shift, members)
-    values = _take(value, [index // layout.group for index in range(len(layout.query))])
-    return F.scaled_dot_product_attention(queries, keys, values, shift, scale=scale)
+) -> _Selection:
+    scoring, keyed = layout.scoring, layout.keyed
+    if not layout.online:
+        return _Selection(
+            queries=list(range(len(scoring))),
+            keys=[keyed.index(layout.reads(head)) for head in scoring],
+            weights=[scoring.index(head) for head in layout.represented or layout.query],
+        )
+    if query.shape[2] == key.shape[2]:
+        seen = torch.ones_like(key[:1, 0, :, 0], dtype=torch.bool) if shift is None else shift[:, 0, -1] > _HIDDEN / 2
+        found = membership(query, _take(key, _readers(layout)), seen, layout.online, scale)
+        if not torch.compiler.is_compiling():
+            # The tokens that follow find a cache of keys, but no more queries of the first tokens.
+            setattr(module, _MEMBERS, found)
+    else:
+        found = getattr(module, _MEMBERS)
+    representatives, index = found
+    return _Selection(queries=representatives, keys=representatives // layout.group, weights=index)
 
 
 def _shift(
@@ -176,20 +208,16 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.to(dtype).clamp_min(_HIDDEN)
 
 
-def _keys(layout: AttentionLayout) -> list[int]:
-    """Per scoring head the position of the key head that it reads."""
-    keyed = layout.keyed
-    return [keyed.index(layout.reads(head)) for head in layout.scoring]
+def _readers(layout: AttentionLayout) -> list[int]:
+    """Per query head the position of the kv head that it reads."""
+    return [index // layout.group for index in range(len(layout.query))]
 
 
-def _weights(layout: AttentionLayout) -> list[int]:
-    """Per query head the position of the scoring head whose weights it uses."""
-    scoring = layout.scoring
-    return [scoring.index(head) for head in layout.represented or layout.query]
-
-
-def _take(heads: torch.Tensor, positions: list[int]) -> torch.Tensor:
+def _take(heads: torch.Tensor, positions: Positions) -> torch.Tensor:
     """Select along the head axis; a selection of everything in order is no operation in a graph."""
+    if isinstance(positions, torch.Tensor):
+        index = positions[:, :, None, None].expand(-1, -1, *heads.shape[2:])
+        return heads.expand(positions.shape[0], -1, -1, -1).gather(1, index)
     if positions == list(range(heads.shape[1])):
         return heads
     return heads.index_select(1, torch.tensor(positions, device=heads.device))

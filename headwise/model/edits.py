@@ -141,8 +141,42 @@ class ClusterHeads:
         return cls(layer=int(data["layer"]), clusters=tuple(tuple(cluster) for cluster in data["clusters"]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOnline:
+    """Let every sample cluster the query heads of one layer by its first tokens; queries, keys and values stay.
+
+    Attributes:
+        layer: index of the attention layer.
+        count: number of clusters.
+    """
+
+    type: ClassVar[str] = "cluster-online"
+    layer: int
+    count: int
+
+    def check(self, layout: AttentionLayout) -> None:
+        """Raise PlanError unless there are as many heads."""
+        _refuse_clustered(self.layer, layout)
+        if not 1 <= self.count <= len(layout.query):
+            raise PlanError(
+                f"{self.count} clusters for the {len(layout.query)} query heads of layer {self.layer}",
+                expected=f"1 to {len(layout.query)}",
+                fix="plan on the layout that the model has now",
+            )
+
+    def apply(self, layout: AttentionLayout) -> AttentionLayout:
+        return layout if self.count == len(layout.query) else replace(layout, online=self.count)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "count": self.count}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ClusterOnline:
+        return cls(layer=int(data["layer"]), count=int(data["count"]))
+
+
 def _refuse_clustered(layer: int, layout: AttentionLayout) -> None:
-    if layout.represented:
+    if layout.clustered:
         raise PlanError(
             f"the heads of layer {layer} are clustered already",
             expected="a layer whose heads have queries and keys of their own",
@@ -150,8 +184,8 @@ def _refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads
-EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads)}
+Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline
+EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

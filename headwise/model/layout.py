@@ -23,17 +23,25 @@ class AttentionLayout:
         kv: original ids of the key/value heads that are left.
         head_dim: width of one head.
         represented: for every query head the id of its representative; empty where each head has its own weights.
+        online: clusters that every sample forms for itself from its first tokens; 0 where it does not. All queries and
+            keys are there, because any head may become a representative.
     """
 
     query: tuple[int, ...]
     kv: tuple[int, ...]
     head_dim: int
     represented: tuple[int, ...] = ()
+    online: int = 0
 
     @property
     def group(self) -> int:
         """Query heads per kv head."""
         return len(self.query) // len(self.kv)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether some heads use the attention weights of another one."""
+        return bool(self.represented) or self.online > 0
 
     @property
     def scoring(self) -> tuple[int, ...]:
@@ -71,7 +79,8 @@ class AttentionLayout:
 
     def to_json(self) -> dict[str, Any]:
         data = {"query": list(self.query), "kv": list(self.kv), "head_dim": self.head_dim}
-        return data | ({"represented": list(self.represented)} if self.represented else {})
+        represented = {"represented": list(self.represented)} if self.represented else {}
+        return data | represented | ({"online": self.online} if self.online else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
@@ -80,6 +89,7 @@ class AttentionLayout:
             kv=tuple(data["kv"]),
             head_dim=int(data["head_dim"]),
             represented=tuple(data.get("represented", ())),
+            online=int(data.get("online", 0)),
         )
 
 
@@ -157,4 +167,4 @@ class Layout:
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
     """Whether all attention layers have the same head counts and widths, and every head its own weights."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
-    return len(shapes) <= 1 and not any(layer.represented for layer in layers)
+    return len(shapes) <= 1 and not any(layer.clustered for layer in layers)

@@ -56,7 +56,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     """Write transformers' own files; returns whether the stock class can load them."""
     module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    clustered = any(entry.represented for entry in layout.attention)
+    clustered = any(entry.clustered for entry in layout.attention)
     unchanged = not clustered and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
     stock = unchanged or (uniform(layout.attention) and bool(counted))
     config = module.config

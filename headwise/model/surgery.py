@@ -14,8 +14,8 @@ from torch import nn
 
 from headwise.errors import SurgeryError
 from headwise.model.access import assign, attribute
-from headwise.model.attend import bind
-from headwise.model.edits import ClusterHeads, DropHeads, EditPlan, ShareKV
+from headwise.model.attend import bind, form
+from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
 
@@ -63,6 +63,8 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 share_kv(layer, edit, (payloads or {})[position])
             case ClusterHeads():
                 cluster_heads(layer, edit)
+            case ClusterOnline():
+                write(layer, layer.read(), edit.apply(layer.layout))
     for view, want in zip(model.attention, predicted.attention, strict=True):
         if view.layout != want or not view.fits():
             have = view.layout
@@ -92,6 +94,12 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
             if isinstance(edit, ClusterHeads):
                 layer = model.attention[edit.layer]
                 stack.enter_context(_written(layer, *_spread_clusters(layer, edit)))
+            if isinstance(edit, ClusterOnline):
+                # Which heads are alike is known sample by sample only: every head computes scores, with the queries
+                # and keys of its representative.
+                layer = model.attention[edit.layer]
+                stack.enter_context(_written(layer, layer.read(), edit.apply(layer.layout)))
+                stack.enter_context(form("fused"))
         yield
 
 

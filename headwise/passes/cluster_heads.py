@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.edits import ClusterHeads, EditPlan
+from headwise.model.edits import ClusterHeads, ClusterOnline, Edit, EditPlan
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass, Recovery
 from headwise.passes.clustering import Clusters, by_cost, by_similarity, elbow
@@ -29,6 +29,9 @@ class ClusterHeadsPass(Pass):
     affinity: Literal["output", "maps"] = "output"
     """What makes heads alike: the change of the layer output when one uses the attention weights of the other, or the
     cosine between their attention maps (average linkage, as in the paper). The representative is the medoid."""
+    membership: Literal["static", "online"] = "static"
+    """Clusters fixed beforehand, so that queries and keys of the members go; or found anew for every sample from its
+    first 5 tokens, as in the paper: only scores are saved. Online is for decoders, with ``affinity: maps``."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
     ridge: float = Field(default=1.0, gt=0)
@@ -41,6 +44,8 @@ class ClusterHeadsPass(Pass):
         counts = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,)
         if any(isinstance(count, int) and count < 1 for count in counts):
             raise ValueError("every layer keeps at least one cluster")
+        if self.membership == "online" and self.affinity != "maps":
+            raise ValueError("membership: online clusters by attention maps: set affinity: maps")
         return self
 
     def needs(self) -> frozenset[Stat]:
@@ -51,10 +56,14 @@ class ClusterHeadsPass(Pass):
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         counts = self._counts(view, stats)
-        edits = []
+        edits: list[Edit] = []
         for layer, count in zip(view.attention, counts, strict=True):
             query = layer.layout.query
             if count == len(query):
+                continue
+            if self.membership == "online":
+                self._refuse_bidirectional(layer)
+                edits.append(ClusterOnline(layer=layer.index, count=count))
                 continue
             clusters = self._cluster(layer, stats, count)
             ids = tuple(tuple(query[position] for position in cluster) for cluster in clusters)
@@ -66,6 +75,14 @@ class ClusterHeadsPass(Pass):
                 fix="lower clusters, or leave the pass out",
             )
         return EditPlan(edits=tuple(edits))
+
+    def _refuse_bidirectional(self, layer: AttentionView) -> None:
+        if not layer.family.causal:
+            raise PlanError(
+                f"membership: online in layer {layer.index}, where every token sees later ones",
+                expected="a causal layer, whose first tokens come before the others",
+                fix="set membership: static",
+            )
 
     def _counts(self, view: ModelView, stats: HeadStats) -> list[int]:
         """Clusters of every layer."""

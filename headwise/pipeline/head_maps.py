@@ -103,7 +103,16 @@ def _clustered(edit: Mapping[str, Any]) -> str:
     return f"attention of {', '.join(clusters)}" if clusters else ""
 
 
-_WORDS = {"drop-heads": _dropped, "share-kv": _shared, "cluster-heads": _clustered}
+def _clustered_online(edit: Mapping[str, Any]) -> str:
+    return f"{edit['count']} clusters, formed by every sample"
+
+
+_WORDS = {
+    "drop-heads": _dropped,
+    "share-kv": _shared,
+    "cluster-heads": _clustered,
+    "cluster-online": _clustered_online,
+}
 
 
 def _uses(before: AttentionLayout, after: AttentionLayout) -> dict[int, int]:

@@ -250,7 +250,7 @@ class Stages:
     def _export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         self.monitor.work("export", 0)
         view = checkpoint.copy().view()
-        if not any(layer.represented for layer in view.layout.attention):
+        if not any(layer.clustered for layer in view.layout.attention):
             return self._export_form(view, folder / GRAPH)
         recipe = self.workspace.recipe
         made = {}
