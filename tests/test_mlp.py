@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import LAYERS, WIDTH, largest_difference, make_inputs, make_model
+import transformers
+from conftest import GROUPED, LAYERS, WIDTH, largest_difference, make_inputs, make_model
 from test_checkpoint import checkpoint_of, prune
 from torch import nn
 from torch.nn import functional as F
@@ -21,19 +24,31 @@ from headwise.model.layout import AttentionLayout, Layout, MlpLayout, from_range
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 
-ACTIVATIONS: Mapping[str, str] = {"torch": "relu", "llama": "silu", "qwen2": "silu", "qwen3": "silu", "mistral": "silu"}
-GATED = ACTIVATIONS.keys() - {"torch"}
+KINDS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "quick-gelu": lambda hidden: hidden * torch.sigmoid(1.702 * hidden),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+ACTIVATIONS: Mapping[str, str] = {
+    **dict.fromkeys(("torch", "opt"), "relu"),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3"), "silu"),
+    **dict.fromkeys(("gpt2", "gemma2", "gemma3"), "gelu-tanh"),
+    **dict.fromkeys(("clip", "clip-text", "clip-vision"), "quick-gelu"),
+}
+ADDED_CHANGED = {"dinov2", "timm", "gemma2", "gemma3"}
+"""Families that scale or normalise what an MLP gives before they add it."""
+NOT_SAID = {"opt", "gpt-neox"}
+"""Families whose config moves the norm in front of the MLP, or adds attention and MLP to the same stream."""
 
 
 def neurons_of(family: str) -> int:
-    return 4 * WIDTH if family == "gpt2" else 48
+    return {"gpt2": 4 * WIDTH, "dinov2": 2 * WIDTH}.get(family, 48)
 
 
 def activation(family: str, hidden: torch.Tensor) -> torch.Tensor:
-    approximate = "tanh" if family == "gpt2" else "none"
-    kinds = {"relu": F.relu, "silu": F.silu}
-    kind = ACTIVATIONS.get(family)
-    return F.gelu(hidden, approximate=approximate) if kind is None else kinds[kind](hidden)
+    return KINDS[ACTIVATIONS.get(family, "gelu")](hidden)
 
 
 def test_every_block_has_its_mlp(family: str) -> None:
@@ -45,7 +60,8 @@ def test_every_block_has_its_mlp(family: str) -> None:
     for mlp in view.mlp:
         assert names[mlp.path] is mlp.block
         assert names[mlp.paths[-1]] is mlp.down
-        assert len(mlp.paths) == (3 if family in GATED else 2)
+        assert len(mlp.paths) == (3 if family in GROUPED - {"phi3"} else 2)
+        assert (mlp.read().gate is not None) == (family in GROUPED)
 
 
 def test_what_is_read_computes_what_is_watched(family: str) -> None:
@@ -72,7 +88,7 @@ def test_the_residual_is_what_the_output_is_added_to(family: str) -> None:
     """In a block that adds its MLP last, the sum is the block's output; behind a norm it is the norm's input."""
     view, seen = ModelView.of(make_model(family)), {}
     mlp = view.mlp[1]
-    norms = {"bert": "output.LayerNorm", "roberta": "output.LayerNorm", "wrapped": "output.LayerNorm"}
+    norms = dict.fromkeys(("bert", "electra", "roberta", "wrapped"), "output.LayerNorm")
     norm = mlp.block.get_submodule(norms[family]) if family in norms else getattr(mlp.block, "output_layer_norm", None)
 
     def added(_: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
@@ -87,7 +103,17 @@ def test_the_residual_is_what_the_output_is_added_to(family: str) -> None:
     ):
         run(view.module, make_inputs(family))
     handle.remove()
-    assert torch.allclose(seen["residual"] + seen["output"], seen["sum"], atol=1e-5)
+    if family in ADDED_CHANGED | NOT_SAID:
+        assert "residual" not in seen
+    else:
+        assert torch.allclose(seen["residual"] + seen["output"], seen["sum"], atol=1e-5)
+
+
+def test_another_mlp_under_another_option_of_the_config_is_found() -> None:
+    size = {name: value for name, value in conftest._VISION.items() if name != "intermediate_size"}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**size, mlp_ratio=2, use_swiglu_ffn=True)).eval()
+    view = ModelView.of(model)
+    assert [(len(mlp.layout.neurons), mlp.paths[1].rpartition(".")[2]) for mlp in view.mlp] == [(48, "gate_proj")] * 3
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -151,7 +177,8 @@ def test_a_gate_scales_neurons_per_row(family: str) -> None:
         again = run(view.module, inputs)
     assert largest_difference(opened, closed) > 1e-2
     assert largest_difference(opened, again) == 0.0, "the gate is still there"
-    for name in mixed:
+    # What compares the texts of a batch with its images has no row of its own.
+    for name in (name for name in mixed if not name.startswith("logits_per_")):
         assert torch.allclose(mixed[name][0], closed[name][0], atol=1e-5)
         assert torch.allclose(mixed[name][1], opened[name][1], atol=1e-5)
 

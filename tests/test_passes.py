@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import HEADS, LAYERS, MODELS, make_inputs, make_model
+from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, make_inputs, make_model
 from pydantic import ValidationError
 from test_stats import classifier_examples, language_examples
 
@@ -23,7 +23,7 @@ from headwise.tolerances import TWIN
 
 OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}, "cluster-heads": {"ratio": 0.5}}
 """Options for passes that have required ones."""
-INSTEAD = {("share-kv", "qwen3"): {"ratio": 0.5, "merge": "mean"}}
+INSTEAD = {("share-kv", family): {"ratio": 0.5, "merge": "mean"} for family in NORMALISED}
 """Where a family needs other options; that the usual ones are refused is tested with the pass."""
 
 
@@ -31,7 +31,7 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     """Enough tokens for a refit on every family."""
     if family == "torch":
         return classifier_examples(view.module, 30)
-    if family in ("gpt2", "llama", "qwen2", "qwen3", "mistral"):
+    if family in DECODERS:
         task, examples = language_examples(view)
         return task, Examples.of(examples.rows * 8, source="made up", padding=examples.padding)
     rows = [{n: t[0].numpy() for n, t in make_inputs(family, seed).items()} for seed in range(20)]
@@ -176,15 +176,16 @@ def test_scores_from_labels_say_what_to_do_without_labels() -> None:
         make_plan(PruneHeads(ratio=0.5, score="fisher"), view, task, unlabelled)
 
 
-def test_surgery_that_is_not_exact_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break surgery on purpose: keep the wrong output columns."""
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
+def test_surgery_that_is_not_exact_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break surgery on purpose: turn output columns around, or into no numbers at all."""
     view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
     task, examples = classifier_examples(view.module)
     right = surgery.drop_heads
 
     def wrong(layer: object, edit: DropHeads) -> None:
         right(layer, edit)  # type: ignore[arg-type]
-        layer.read().output.neg_()  # type: ignore[attr-defined]
+        layer.read().output.mul_(factor)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(surgery, "drop_heads", wrong)
     with pytest.raises(SurgeryError, match="differs from its exact twin"):

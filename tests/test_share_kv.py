@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 import transformers
-from conftest import largest_difference, make_inputs, make_model
+from conftest import NORMALISED, largest_difference, make_inputs, make_model
 from pydantic import ValidationError
 from test_passes import samples
 
 from headwise.calibration.merge import pair_matrices
 from headwise.errors import PlanError
-from headwise.export.onnx import to_onnx
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.edits import DropHeads, EditPlan, ShareKV
 from headwise.model.forward import run
@@ -25,7 +23,20 @@ from headwise.passes.base import PassRecord, make_plan, run_pass
 from headwise.passes.grouping import adjacent, cheapest
 from headwise.passes.share_kv import ShareKVHeads
 
-ENCODERS = ("bert", "vit", "gpt2", "torch", "distilbert", "wrapped")
+FAMILIES = (
+    "bert",
+    "vit",
+    "gpt2",
+    "torch",
+    "distilbert",
+    "wrapped",
+    "llama",
+    "gpt-neox",
+    "phi3",
+    "opt",
+    "gemma2",
+    "clip",
+)
 
 
 def share(view: ModelView, family: str, **options: object) -> PassRecord:
@@ -34,15 +45,15 @@ def share(view: ModelView, family: str, **options: object) -> PassRecord:
     return run_pass(pass_, view, ModelView.of(make_model(family)), task, examples)
 
 
-def disguise(family: str, view: ModelView, pairs: list[tuple[int, int]]) -> None:
+def disguise(view: ModelView, pairs: list[tuple[int, int]]) -> None:
     """Make the second head of every pair a copy of the first under a basis that the layer cannot see."""
     generator = torch.Generator().manual_seed(0)
     for layer in view.attention:
-        old, width = layer.read(), layer.layout.head_dim
+        old, width, rotated = layer.read(), layer.layout.head_dim, layer.rotated
         for source, copy in pairs:
             basis = torch.eye(width) + 0.4 * torch.randn(width, width, generator=generator)
-            turn = pair_matrices(torch.polar(torch.ones(1, width // 2), torch.rand(1, width // 2, generator=generator)))
-            key_basis = 1.3 * turn[0].float() if family == "llama" else basis
+            turns = torch.polar(torch.ones(1, rotated // 2), torch.rand(1, rotated // 2, generator=generator))
+            key_basis = torch.block_diag(1.3 * pair_matrices(turns)[0].float(), basis[rotated:, rotated:])
             copy_head(old, source, copy, key_basis, basis.T)
 
 
@@ -54,12 +65,12 @@ def copy_head(old: Projections, source: int, copy: int, key_basis: torch.Tensor,
             bias[copy] = basis @ bias[source]
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fold_bias", [True, False])
 def test_disguised_copies_merge_losslessly(family: str, fold_bias: bool) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
     kvs = len(view.layout.attention[0].kv)
-    disguise(family, view, [(0, 2), (3, 1)] if kvs == 4 else [(0, 1)])
+    disguise(view, [(0, 2), (3, 1)] if kvs == 4 else [(0, 1)])
     with torch.no_grad():
         before = run(view.module, inputs)
     record = share(view, family, kv_heads=kvs // 2, fold_bias=fold_bias)
@@ -78,7 +89,7 @@ def test_mean_pooling_fails_where_the_subspace_succeeds() -> None:
     differences = {}
     for merge in ("mean", "subspace", "align", "first"):
         view, inputs = ModelView.of(make_model("bert")), make_inputs("bert")
-        disguise("bert", view, [(0, 1), (2, 3)])
+        disguise(view, [(0, 1), (2, 3)])
         with torch.no_grad():
             before = run(view.module, inputs)
         share(view, "bert", kv_heads=2, merge=merge, grouping="adjacent")
@@ -183,9 +194,10 @@ def test_contradicting_options_are_refused(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("merge", ["subspace", "align"])
-def test_normalised_keys_are_refused_with_what_would_work(merge: str) -> None:
-    view = ModelView.of(make_model("qwen3"))
-    task, examples = samples(view, "qwen3")
+@pytest.mark.parametrize("family", sorted(NORMALISED))
+def test_normalised_keys_are_refused_with_what_would_work(family: str, merge: str) -> None:
+    view = ModelView.of(make_model(family))
+    task, examples = samples(view, family)
     with pytest.raises(PlanError, match=r"normalises queries and keys.*\n  expected: merge: mean or first"):
         make_plan(ShareKVHeads.model_validate({"ratio": 0.5, "merge": merge}), view, task, examples)
 
@@ -199,20 +211,6 @@ def test_a_uniform_llama_loads_with_plain_transformers(tmp_path: Path) -> None:
     assert stock.config.num_key_value_heads == 1
     with torch.no_grad():
         assert largest_difference(run(view.module, inputs), run(stock, inputs)) == 0.0
-
-
-@pytest.mark.parametrize("family", ["bert", "llama", "torch"])
-def test_the_graph_groups_heads_without_repeating_them(family: str, tmp_path: Path) -> None:
-    view = ModelView.of(make_model(family))
-    share(view, family, kv_heads=1)
-    inputs = {name: tensor.numpy() for name, tensor in make_inputs(family).items()}
-    dynamic = {name: (0, 1) if array.ndim == 2 else (0,) for name, array in inputs.items()}
-    to_onnx(view.module, inputs, tmp_path / "model.onnx", dynamic=dynamic)
-    graph = onnx.load(str(tmp_path / "model.onnx")).graph
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
-    nodes = [node for node in graph.node if node.op_type == "Attention"]
-    assert len(nodes) == 3
-    assert [[shapes[name][1] for name in node.input[:3]] for node in nodes] == [[4, 1, 1]] * 3
 
 
 def test_similar_heads_are_found_among_decoys() -> None:

@@ -100,7 +100,7 @@ def test_a_layer_is_edited_twice_under_its_original_ids(family: str) -> None:
     assert view.layout.attention[1].query == (1, 2)
 
 
-@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys()))
+@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys() - {"gemma2"}))  # capped scores: eager only
 def test_eager_attention_gives_the_same_after_surgery(family: str) -> None:
     outputs = []
     for implementation in ("sdpa", "eager"):
@@ -124,7 +124,8 @@ def test_a_gate_per_row_gates_each_row_by_its_own(family: str) -> None:
         opened = run(view.module, inputs)
         with layer.gate(torch.tensor([[0.0] * HEADS, [1.0] * HEADS])):
             mixed = run(view.module, inputs)
-    for name in mixed:
+    # What compares the texts of a batch with its images has no row of its own.
+    for name in (name for name in mixed if not name.startswith("logits_per_")):
         assert torch.allclose(mixed[name][0], closed[name][0], atol=1e-5)
         assert torch.allclose(mixed[name][1], opened[name][1], atol=1e-5)
 

@@ -78,6 +78,22 @@ def merge_rotary(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tenso
     return _balanced(as_real(shared), pair_matrices(factors), heads, _lost(energy, 1))
 
 
+def merge_keys(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor, *, rotated: int) -> Merged:
+    """The best shared key head where rotary positions turn the first ``rotated`` of the H coordinates.
+
+    Scores are sums over the two parts of a head, so that each part has its own shared head and maps.
+    """
+    if rotated == 0:
+        return merge_subspace(heads, moment, weights)
+    turned = merge_rotary(heads[:, :rotated], moment, weights[:, :rotated, :rotated])
+    if rotated == heads.shape[1]:
+        return turned
+    rest = merge_subspace(heads[:, rotated:], moment, weights[:, rotated:, rotated:])
+    energies = [_energy(heads[:, part], moment, weights[:, part, part]) for part in _parts(rotated)]
+    lost = (turned.lost * energies[0] + rest.lost * energies[1]) / max(sum(energies), 1e-300)
+    return _joined(turned, rest, lost)
+
+
 def merge_mean(heads: torch.Tensor) -> Merged:
     """The mean of the group's weights, the published initialisation of grouped-query attention (arXiv 2305.13245)."""
     shared = heads.double().mean(0)
@@ -89,14 +105,21 @@ def merge_first(heads: torch.Tensor) -> Merged:
     return Merged(shared=heads[0].double(), maps=_identities(heads), lost=math.nan)
 
 
-def merge_aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotary: bool) -> Merged:
+def merge_aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotated: int = 0) -> Merged:
     """The mean after turning every head onto the others (generalised Procrustes, arXiv 2412.20677).
 
     Args:
         heads: (J, H, D) projection weights.
         moment: (D, D) second moment of the input, so that outputs are aligned rather than weights.
-        rotary: turn pairs of coordinates only, as rotary positions ask for.
+        rotated: coordinates at the front of each head that may only be turned in pairs, as rotary positions ask for.
     """
+    if rotated in (0, heads.shape[1]):
+        return _aligned(heads, moment, rotary=rotated > 0)
+    turned, rest = (_aligned(heads[:, part], moment, rotary=part.start is None) for part in _parts(rotated))
+    return _joined(turned, rest, math.nan)
+
+
+def _aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotary: bool) -> Merged:
     second = moment.double()
     turns = _identities(heads)
     for _ in range(_ALIGNMENT_ROUNDS):
@@ -112,6 +135,22 @@ def restore_norm(merged: Merged, heads: torch.Tensor) -> Merged:
     members = torch.linalg.vector_norm(heads.double().flatten(1), dim=1).mean()
     factor = float(members / torch.linalg.vector_norm(merged.shared).clamp_min(1e-300))
     return replace(merged, shared=factor * merged.shared)
+
+
+def _parts(rotated: int) -> tuple[slice, slice]:
+    """The coordinates of a head that are rotated, and those that are not."""
+    return slice(None, rotated), slice(rotated, None)
+
+
+def _joined(turned: Merged, rest: Merged, lost: float) -> Merged:
+    """Two parts of a head as one; neither part's maps mix with the other's."""
+    maps = [torch.block_diag(*pair) for pair in zip(turned.maps, rest.maps, strict=True)]
+    return Merged(shared=torch.cat([turned.shared, rest.shared]), maps=torch.stack(maps), lost=lost)
+
+
+def _energy(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor) -> float:
+    """What the errors of a merge are measured against: the weighted second norm of all members."""
+    return float(torch.einsum("jab,jad,de,jbe->", weights.double(), heads.double(), moment.double(), heads.double()))
 
 
 def _identities(heads: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def fit_output(
 
     ``O`` are the student's head outputs with a constant column, ``W_0`` its present weights, ``lam`` is ``ridge`` times
     the mean diagonal of ``O^T O``; the constant is not penalised. ``Y`` is the teacher's layer output plus the
-    difference between the two residual streams.
+    difference between the two residual streams, where the layer's output is added to them as it is.
 
     Args:
         student: the edited model; layers before ``layer`` are final.
@@ -85,9 +85,9 @@ def fit_output(
         inputs = to_torch(batch.inputs)
         heads, _, residual = _observe(student, ours, inputs)
         _, target, original = _observe(teacher, theirs, inputs)
-        if ours.residual and residual.shape == target.shape:
+        if ours.residual and ours.direct and residual.shape == target.shape:
             target = target + original - residual
-        valid = batch.valid()
+        valid = None if ours.family.patches else batch.valid()
         keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
         o = _tokens(heads.flatten(2), keep)
         if old.output_bias is not None:

@@ -131,11 +131,12 @@ class _Sums:
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
             for layer in self.view.attention:
-                stack.enter_context(self._watched(layer, mask))
+                tokens = None if layer.family.patches else mask
+                stack.enter_context(self._watched(layer, tokens))
                 if Stat.INPUT_MOMENT in self.needs:
-                    stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, mask)))
+                    stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, tokens)))
                 if self.needs & WEIGHTS:
-                    stack.enter_context(self.maps[layer.index].watched(layer, mask))
+                    stack.enter_context(self.maps[layer.index].watched(layer, tokens))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)

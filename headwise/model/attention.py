@@ -43,8 +43,8 @@ class MultiHeadAttention(nn.Module):
         else:
             weights = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
         biases = (None,) * 3 if original.in_proj_bias is None else original.in_proj_bias.detach().chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = (linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = linear(original.out_proj.weight, original.out_proj.bias)
 
     def forward(
         self,
@@ -100,14 +100,15 @@ class MultiHeadAttention(nn.Module):
         return mask
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer with a copy of these weights, (out, in) and (out,)."""
     out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        linear.weight.copy_(weight)
+        layer.weight.copy_(weight)
         if bias is not None:
-            linear.bias.copy_(bias)
-    return linear
+            layer.bias.copy_(bias)
+    return layer
 
 
 def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,21 +13,32 @@ from transformers import PreTrainedModel
 from headwise.errors import UnsupportedModelError
 from headwise.model.access import attribute
 from headwise.model.attention import MultiHeadAttention
-from headwise.model.families import FAMILIES, Family, FeedForward, family_of, plain_family
+from headwise.model.families import FAMILIES, Family, FeedForward, family_of, plain_family, timm_family
+from headwise.model.timm_attention import TimmAttention
 
 Found = tuple[str, nn.Module, nn.Module, Family]
 """Path from the root, attention module, block around it, and the record that describes them."""
 
 
 def backbones(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models that a module is or holds, outermost ones only."""
-    found: list[PreTrainedModel] = []
+    """The transformers models that a module is or holds: of each outermost one the towers that have a record."""
+    models = _outermost(module, lambda child: isinstance(child, PreTrainedModel))
+    return [tower for model in models for tower in _outermost(model, _described) or [model]]
+
+
+def _outermost(root: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Any]:
+    """The modules below a root, itself included, that are wanted and not inside another such module."""
+    found: list[nn.Module] = []
     inside: set[int] = set()
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel) and id(child) not in inside:
+    for child in root.modules():
+        if wanted(child) and id(child) not in inside:
             found.append(child)
             inside.update(map(id, child.modules()))
     return found
+
+
+def _described(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel) and module.config.model_type in FAMILIES
 
 
 def longest_sequence(module: nn.Module) -> int | None:
@@ -58,23 +71,29 @@ def find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
 
 
 def find_by_type(root: nn.Module) -> list[Found]:
-    """Every unpacked ``nn.MultiheadAttention``; its block is the module that holds it."""
+    """Every unpacked ``nn.MultiheadAttention`` and timm ``Attention``; its block is the module that holds it."""
     found: list[Found] = []
     for name, child in root.named_modules():
+        block: Any = attribute(root, name.rpartition(".")[0])
         if isinstance(child, MultiHeadAttention):
-            block: nn.Module = attribute(root, name.rpartition(".")[0])
             found.append((name, child, block, plain_family(block)))
+        elif isinstance(child, TimmAttention):
+            found.append((name, child, block, timm_family(child, block)))
     return found
 
 
 def find_mlp(block: nn.Module, family: Family) -> FeedForward | None:
     """Where a block keeps its MLP; None where it has none, or one that is not like the record says."""
-    record = family.mlp
-    if record is None or not all(_has(block, path) for path in (record.up, record.gate, record.down) if path):
-        return None
+    records = (family.mlp, *family.other_mlp)
+    return next((record for record in records if record is not None and _fits(block, record, family)), None)
+
+
+def _fits(block: nn.Module, record: FeedForward, family: Family) -> bool:
+    if not all(_has(block, path) for path in (record.up, record.gate, record.down) if path):
+        return False
     up, down = (attribute(block, path).get_parameter("weight") for path in (record.up, record.down))
     neurons_in, neurons_out = (up.shape[1], down.shape[0]) if family.transposed else (up.shape[0], down.shape[1])
-    return record if neurons_in == neurons_out * (2 if record.fused else 1) else None
+    return bool(neurons_in == neurons_out * (2 if record.fused else 1))
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -89,6 +108,8 @@ def no_attention(module: nn.Module) -> UnsupportedModelError:
     """The error for a module in which nothing was found."""
     return UnsupportedModelError(
         f"{type(module).__name__} has no attention layer that headwise knows",
-        expected="a transformers model of type " + ", ".join(sorted(FAMILIES)) + ", or nn.MultiheadAttention inside",
+        expected="a transformers model of type "
+        + ", ".join(sorted(FAMILIES))
+        + ", or nn.MultiheadAttention or timm's Attention inside",
         fix="build the model on nn.MultiheadAttention, or add a family record (CONTRIBUTING.md)",
     )

@@ -15,7 +15,7 @@ from torch import nn
 
 from headwise.artifacts import storage_error, write_atomic
 from headwise.model.checkpoint import SIDECAR, WEIGHTS, Checkpoint
-from headwise.model.families import Count
+from headwise.model.families import FAMILIES, Count
 from headwise.model.layout import uniform
 from headwise.model.sources import constructor_arguments, fresh, quietly
 from headwise.model.view import ModelView
@@ -41,7 +41,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
         if checkpoint.kind == "transformers":
             sidecar["stock"] = _save_transformers(checkpoint, view, folder)
             sidecar["arguments"] = constructor_arguments(checkpoint.module)
-            if not sidecar["stock"] and _stock_config(view):
+            if not sidecar["stock"] and stock_entries(view):
                 # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
                 sidecar["per_layer_config"] = _per_layer_config(view)
         else:
@@ -54,29 +54,49 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
 
 def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
-    module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
+    module, layout, counted = checkpoint.module, view.layout, stock_entries(view)
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
     clustered = any(entry.clustered for entry in layout.attention)
     unchanged = not clustered and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
-    stock = unchanged or (uniform(layout.attention) and bool(counted))
     config = module.config
-    original = copy.deepcopy(config)
+    entries = {name: count(next(iter(layout.attention))) for name, count in counted.items()}
+    stock = unchanged or (uniform(layout.attention) and _accepts(config, entries))
+    saved = copy.deepcopy(config)
+    if stock and not unchanged:
+        for name, count in entries.items():
+            setattr(saved, name, count)
     try:
-        if stock and not unchanged:
-            for name, count in counted.items():
-                setattr(config, name, count(next(iter(layout.attention))))
+        # The layers keep the config that they share with the model.
+        module.config = saved
         # The original format renames weights in a way that only the stock loader undoes.
         with quietly():
             module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
     finally:
-        module.config = original
+        module.config = config
     if checkpoint.folder is not None:
         _copy_companions(checkpoint.folder, folder)
     return stock
 
 
-def _stock_config(view: ModelView) -> Mapping[str, Count]:
-    """Entries of the model's own config that can express head counts, where all layers are of one family."""
+def _accepts(config: Any, entries: Mapping[str, Any]) -> bool:
+    """Whether the config's class takes these head counts: some classes want one that divides the model width."""
+    if not entries:
+        return False
+    try:
+        type(config).from_dict({**config.to_dict(), **entries})
+    except Exception:  # somebody else's checks
+        return False
+    return True
+
+
+def stock_entries(view: ModelView) -> Mapping[str, Count]:
+    """Entries of the model's own config that can express head counts, where all layers are of one family.
+
+    A model of several towers has a config of configs, which has no entry for heads itself.
+    """
+    config: Any = view.module.config
+    if config.model_type not in FAMILIES:
+        return {}
     first, *rest = [layer.family.config for layer in view.attention]
     grouped = any(layer.group > 1 for layer in view.layout.attention)
     if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):

@@ -16,6 +16,7 @@ from headwise.errors import SurgeryError
 from headwise.model.access import assign, attribute
 from headwise.model.attend import bind, form
 from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
+from headwise.model.grouped import GroupedAttention, own_config
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
 
@@ -253,20 +254,40 @@ def reshape(model: ModelView, layout: Layout) -> None:
 
 def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
     """Store projections the way the family stores them, and keep its head counts true."""
+    if view.family.ungrouped and (layout.group > 1 or layout.represented):
+        _regroup(view)
     family = view.family
     weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
     biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
     if family.fused:
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        _store(view, family.query, torch.cat(weights), bias)
+        bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
+        _store(view, family.query, _fused(view, weights), bias)
     else:
         for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
             _store(view, path, weight, bias)
     _store(view, family.output, new.output.flatten(1), new.output_bias)
     for path, count in family.bookkeeping.items():
-        assign(view.module, path, count(layout))
+        if path.startswith("config."):
+            own_config(view.module, path.removeprefix("config."), count(layout))
+        else:
+            assign(view.module, path, count(layout))
     bind(view.caller, layout)
     view.layout = layout
+
+
+def _regroup(view: AttentionView) -> None:
+    """Put a module that runs with fewer kv than query heads in the place of one that does not."""
+    view.module = GroupedAttention(view.module, view.layout.head_dim)
+    assign(view.block, view.family.attention, view.module)
+    view.family = view.family.regrouped()
+
+
+def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of queries, keys and values as one matrix or bias; the inverse of what the view reads."""
+    if not view.family.interleaved:
+        return torch.cat(parts)
+    heads = [part.unflatten(0, (-1, view.layout.head_dim)) for part in parts]
+    return torch.stack(heads, dim=1).flatten(0, 2)
 
 
 def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -22,8 +22,10 @@ from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
 from headwise.model.families import Family
 from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
+from headwise.model.grouped import GroupedAttention
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
+from headwise.model.timm_attention import unpack_timm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class AttentionView:
         self.path = path
         self.module = module
         self.block = block
-        self.family = family
+        self.family = family.regrouped() if isinstance(module, GroupedAttention) else family
         self.residual = True
         self.layout = bound(self.caller) or self._plain_layout()
 
@@ -93,6 +95,16 @@ class AttentionView:
         return have == ([sum(rows)] if family.fused else rows) and width == len(layout.query) * H
 
     @property
+    def rotated(self) -> int:
+        """How many leading coordinates of every head are rotated by their position."""
+        return self.family.rotated(getattr(self.module, "config", None), self.layout.head_dim)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the layer's output is added to the residual stream as it is."""
+        return not self.family.between or isinstance(attribute(self.block, self.family.between), nn.Identity)
+
+    @property
     def output(self) -> nn.Module:
         """The output projection; its input is the concatenation of all head outputs, (B, T, N * H)."""
         module = attribute(self.module, self.family.output)
@@ -105,29 +117,36 @@ class AttentionView:
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
-        family, heads = self.family, -1
-        H = self.layout.head_dim
+        family, H = self.family, self.layout.head_dim
         if family.fused:
             weight, bias = self._matrix(attribute(self.module, family.query))
-            sizes = [H * len(heads) for heads in (self.layout.scoring, self.layout.keyed, self.layout.kv)]
-            weights = weight.split(sizes)
-            biases = (None,) * 3 if bias is None else bias.split(sizes)
+            q, k, v = self._parts(weight)
+            qb, kb, vb = (None,) * 3 if bias is None else self._parts(bias)
         else:
             parts = [self._matrix(attribute(self.module, p)) for p in (family.query, family.key, family.value)]
-            weights, biases = zip(*parts, strict=True)
-        q, k, v = (w.unflatten(0, (heads, H)) for w in weights)
-        qb, kb, vb = (None if b is None else b.unflatten(0, (heads, H)) for b in biases)
+            q, k, v = (weight.unflatten(0, (-1, H)) for weight, _ in parts)
+            qb, kb, vb = (None if bias is None else bias.unflatten(0, (-1, H)) for _, bias in parts)
         output, output_bias = self._matrix(self.output)
         return Projections(
             query=q,
             key=k,
             value=v,
-            output=output.unflatten(1, (heads, H)),
+            output=output.unflatten(1, (-1, H)),
             query_bias=qb,
             key_bias=kb,
             value_bias=vb,
             output_bias=output_bias,
         )
+
+    def _parts(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a fused matrix or bias, each (heads, H, ...)."""
+        layout, H = self.layout, self.layout.head_dim
+        parts: tuple[torch.Tensor, ...] = (
+            fused.unflatten(0, (-1, 3, H)).unbind(1)
+            if self.family.interleaved
+            else fused.unflatten(0, (-1, H)).split([len(heads) for heads in (layout.scoring, layout.keyed, layout.kv)])
+        )
+        return parts
 
     @contextmanager
     def gate(self, scale: torch.Tensor) -> Iterator[None]:
@@ -158,7 +177,7 @@ class AttentionView:
         return watched_input(attribute(self.module, self.family.key), see)
 
     def watch_output(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with what the layer adds to the residual stream, (B, T, D)."""
+        """Call ``see`` with the output of the output projection, (B, T, D), bias included."""
         return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
@@ -182,9 +201,10 @@ class ModelView:
 
     @classmethod
     def of(cls, module: nn.Module) -> ModelView:
-        """The view of a transformers model, or of a plain module with such models or ``nn.MultiheadAttention`` inside.
+        """The view of a transformers model, or of a plain module.
 
-        A plain module's packed attention is unpacked in place, which leaves its function as it is.
+        In a plain module, transformers models, ``nn.MultiheadAttention`` and timm's ``Attention`` are found. Packed
+        attention is unpacked in place, which leaves the module's function as it is.
 
         Raises:
             UnsupportedModelError: no family record fits; the message names the model type and the known ones.
@@ -192,6 +212,7 @@ class ModelView:
         found = [entry for backbone in backbones(module) for entry in find_by_path(module, backbone)]
         if not isinstance(module, PreTrainedModel):
             unpack_attention(module)
+            unpack_timm(module)
             found += find_by_type(module)
         if not found:
             raise no_attention(module)

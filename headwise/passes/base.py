@@ -13,7 +13,7 @@ import torch
 
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat, collect
-from headwise.calibration.tasks import Examples, Task
+from headwise.calibration.tasks import Examples, Task, valid_tokens
 from headwise.errors import SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
@@ -161,14 +161,15 @@ def run_pass(
     start = time.perf_counter()
     before = view.layout
     plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
-    inputs = to_torch(examples.example_batch())
+    batch = examples.example_batch()
+    inputs, valid = to_torch(batch), valid_tokens(batch)
     payloads = pass_.payloads(view, stats, plan)
     with surgery.twin(view, plan, payloads), torch.inference_mode():
         twin = run(view.module, inputs)
     folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
     bystanders = _versions(view)
     surgery.apply(view, plan, payloads)
-    twin_error = _require_exact(view, twin, inputs)
+    twin_error = _require_exact(view, twin, inputs, None if valid is None else torch.as_tensor(valid))
     fits: list[Mapping[str, float]] = []
     recovery = pass_.recovery()
     if recovery is not None and plan.edits:
@@ -195,13 +196,20 @@ def run_pass(
     )
 
 
-def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> float:
+def _require_exact(
+    view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], valid: torch.Tensor | None
+) -> float:
+    """The largest relative difference; tokens of padding, which may see no token at all, are left out."""
     with torch.inference_mode():
         outputs = run(view.module, inputs)
-    worst = 0.0
-    for name, expected in twin.items():
-        scale = max(float(expected.abs().max()), 1e-6)
-        worst = max(worst, float((outputs[name] - expected).abs().max()) / scale)
+    errors: list[torch.Tensor] = []
+    for name, every in twin.items():
+        per_token = valid is not None and every.dim() > 2 and every.shape[:2] == valid.shape
+        keep = valid if per_token else slice(None)
+        expected, actual = every[keep], outputs[name][keep]
+        errors.append((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    # Not Python's maximum, which passes over what is not a number.
+    worst = float(torch.stack(errors).max())
     if not worst <= TWIN:
         raise SurgeryError(
             f"the edited model differs from its exact twin by {worst:.2g} of the largest output",

@@ -51,7 +51,7 @@ class KVWeights:
             weighted: weight errors by queries and output projection; otherwise all directions count the same.
         """
         old = layer.read()
-        fold_key = fold and not layer.family.rotary and not layer.family.qk_norm
+        fold_key = fold and not (layer.family.rotary or layer.family.qk_norm or layer.family.soft_cap)
         fold_value = fold and old.output_bias is not None
         key, key_moment = _prepared(old.key, old.key_bias, moment, fold_key)
         value, value_moment = _prepared(old.value, old.value_bias, moment, fold_value)

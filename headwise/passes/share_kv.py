@@ -12,8 +12,8 @@ from headwise.calibration.merge import (
     Merged,
     merge_aligned,
     merge_first,
+    merge_keys,
     merge_mean,
-    merge_rotary,
     merge_subspace,
     restore_norm,
 )
@@ -96,7 +96,7 @@ class ShareKVHeads(Pass):
             if isinstance(edit, ShareKV):
                 layer = view.attention[edit.layer]
                 groups = [[layer.layout.kv.index(head) for head in group] for group in edit.groups]
-                found[position] = self._share(self._weights(layer, stats), groups, rotary=layer.family.rotary)
+                found[position] = self._share(self._weights(layer, stats), groups, layer.rotated)
         return found
 
     def _targets(self, view: ModelView) -> list[int]:
@@ -137,32 +137,31 @@ class ShareKVHeads(Pass):
     def _pair_costs(self, layer: AttentionView, stats: HeadStats) -> torch.Tensor:
         """(K, K) energy of keys and values that two heads lose when they become one."""
         weights, count = self._weights(layer, stats), len(layer.layout.kv)
-        merge_keys = merge_rotary if layer.family.rotary else merge_subspace
         costs = torch.zeros(count, count, dtype=torch.float64)
         for i in range(count):
             for j in range(i):
                 pair = [i, j]
-                keys = merge_keys(weights.key[pair], weights.key_moment, weights.key_weights[pair])
+                keys = merge_keys(
+                    weights.key[pair], weights.key_moment, weights.key_weights[pair], rotated=layer.rotated
+                )
                 values = merge_subspace(weights.value[pair], weights.value_moment, weights.value_weights[pair])
                 costs[i, j] = costs[j, i] = keys.lost + values.lost
         return costs
 
-    def _share(self, weights: KVWeights, groups: Sequence[Sequence[int]], *, rotary: bool) -> SharedKV:
+    def _share(self, weights: KVWeights, groups: Sequence[Sequence[int]], rotated: int) -> SharedKV:
         keys = [
-            self._merge(weights.key[g], weights.key_moment, weights.key_weights[g], rotary=rotary)
-            for g in map(list, groups)
+            self._merge(weights.key[g], weights.key_moment, weights.key_weights[g], rotated) for g in map(list, groups)
         ]
         values = [
-            self._merge(weights.value[g], weights.value_moment, weights.value_weights[g], rotary=False)
-            for g in map(list, groups)
+            self._merge(weights.value[g], weights.value_moment, weights.value_weights[g], 0) for g in map(list, groups)
         ]
         return weights.assemble(keys, values, groups)
 
-    def _merge(self, heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor, *, rotary: bool) -> Merged:
+    def _merge(self, heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor, rotated: int) -> Merged:
         if self.merge == "subspace":
-            return merge_rotary(heads, moment, weights) if rotary else merge_subspace(heads, moment, weights)
+            return merge_keys(heads, moment, weights, rotated=rotated)
         if self.merge == "align":
-            merged = merge_aligned(heads, moment, rotary=rotary)
+            merged = merge_aligned(heads, moment, rotated=rotated)
         else:
             merged = merge_mean(heads) if self.merge == "mean" else merge_first(heads)
         return restore_norm(merged, heads) if self.restore_norm else merged

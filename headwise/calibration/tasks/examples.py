@@ -35,11 +35,7 @@ class Batch:
 
     def valid(self) -> Array | None:
         """(rows, tokens) bool, True at real tokens; None where nothing is padded."""
-        name = _mask_name(self.inputs)
-        if name is None:
-            return None
-        mask = self.inputs[name].astype(bool)
-        return mask if name.endswith("attention_mask") else ~mask
+        return valid_tokens(self.inputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -172,6 +168,15 @@ class Examples:
                 filled[index, ...][tuple(slice(size) for size in row[name].shape)] = row[name]
             inputs[name] = filled
         return inputs
+
+
+def valid_tokens(inputs: Mapping[str, Array]) -> Array | None:
+    """What the mask among some inputs says: (rows, tokens) bool, True at real tokens; None where there is no mask."""
+    name = _mask_name(inputs)
+    if name is None:
+        return None
+    mask = inputs[name].astype(bool)
+    return mask if name.endswith("attention_mask") else ~mask
 
 
 def _mask_name(inputs: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,9 @@ from headwise.model.checkpoint import Checkpoint
 _NOT_INPUTS = frozenset({"label", "score"})
 """Label columns of other tasks, so that their data sections work here unchanged."""
 
+_BETWEEN_ROWS = frozenset({"logits_per_image", "logits_per_text"})
+"""Scores of every text of a batch with every image of it, which are no property of a sample."""
+
 
 class FidelityOptions(TaskOptions):
     """Agreement with the untouched model; columns ``text``, ``first`` and ``second``, ``image`` or model inputs."""
@@ -29,7 +32,7 @@ class FidelityOptions(TaskOptions):
     type: Literal["fidelity"] = "fidelity"
     """Always ``fidelity``: it chooses these keys."""
     outputs: tuple[str, ...] | None = None
-    """The outputs to compare; by default every output with floating point numbers."""
+    """The outputs to compare; by default every output with floating point numbers of one sample."""
     classes: tuple[str, ...] | None = None
     """Outputs that are class scores, whose winning class is compared as well; by default those named like logits."""
     max_length: int | None = Field(default=None, ge=1)
@@ -106,7 +109,7 @@ class FidelityTask:
     def _names(self, outputs: Mapping[str, Any]) -> list[str]:
         for name in (*(self.spec.outputs or ()), *(self.spec.classes or ())):
             find_output(outputs, name)
-        floats = [name for name, values in outputs.items() if _is_float(values)]
+        floats = [name for name, values in outputs.items() if _is_float(values) and name not in _BETWEEN_ROWS]
         names = floats if self.spec.outputs is None else list(self.spec.outputs)
         if not names:
             raise DataError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headwise.model.layout import AttentionLayout
@@ -47,14 +48,27 @@ class Family:
         query: path from the attention module to the query projection; likewise ``key``, ``value``, ``output``.
         head_dim: path from the attention module to the width of one head.
         caller: path from the attention module to the module that calls the attention function of transformers.
-        fused: query, key and value are the thirds of one matrix, named by ``query``.
+        fused: query, key and value are parts of one matrix, named by ``query``: first all query heads, then all key
+            heads, then all value heads.
+        interleaved: the matrix is fused head by head: query, key and value of the first head, then of the second.
         transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
-        causal: every token sees only itself and earlier tokens.
+        causal: every token sees only itself and earlier tokens, whose keys and values a cache keeps.
         rotary: queries and keys are rotated by their position, in pairs of coordinates half a head apart.
+        partial_rotary: only a leading part of every head is rotated; the config's rope parameters say how large it is.
         qk_norm: queries and keys are normalised between projection and score.
-        bookkeeping: attributes of the attention module that depend on the head counts.
+        soft_cap: path from the attention module to the bound that a tanh keeps scores in; empty, or None there, where
+            scores are used as they are.
+        window: path from the attention module to how many tokens back a token sees; empty, or None there, for all.
+        between: path from a block to the module that its attention output passes before it is added to the residual
+            stream; empty, or an ``nn.Identity`` there, where it is added as it is.
+        patches: tokens are patches of an image, of which no attention mask says anything.
+        bookkeeping: attributes of the attention module that depend on the head counts. Entries of its config are
+            written to a config of the layer's own.
+        ungrouped: the class only runs with as many keys and values as queries; other layers get a module of headwise
+            in its place, which ``regrouped`` describes.
         padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
+        other_mlp: what blocks have instead of ``mlp`` under other options of the config.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
             class derives the head width from the head count, so that it cannot express fewer heads.
     """
@@ -70,12 +84,20 @@ class Family:
     head_dim: str
     caller: str = ""
     fused: bool = False
+    interleaved: bool = False
     transposed: bool = False
     causal: bool = False
     rotary: bool = False
+    partial_rotary: bool = False
     qk_norm: bool = False
+    soft_cap: str = ""
+    window: str = ""
+    between: str = ""
+    patches: bool = False
     padding_positions: bool = False
+    ungrouped: bool = False
     mlp: FeedForward | None = None
+    other_mlp: tuple[FeedForward, ...] = ()
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
 
@@ -86,6 +108,28 @@ class Family:
             return None
         return longest - config.pad_token_id - 1 if self.padding_positions else longest
 
+    def rotated(self, config: Any, head_dim: int) -> int:
+        """How many leading coordinates of every head are rotated by their position."""
+        if not self.rotary or not self.partial_rotary:
+            return head_dim if self.rotary else 0
+        pairs = math.ceil(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)) / 2)
+        return 2 * pairs
+
+    def regrouped(self) -> Family:
+        """The record of ``GroupedAttention`` in the place of this family's attention modules."""
+        return replace(
+            self,
+            query="q_proj",
+            key="k_proj",
+            value="v_proj",
+            output="out_proj",
+            head_dim="head_dim",
+            fused=False,
+            interleaved=False,
+            ungrouped=False,
+            bookkeeping={"num_key_value_groups": group_size},
+        )
+
 
 def query_heads(layout: AttentionLayout) -> int:
     """How many query heads there are."""
@@ -95,6 +139,16 @@ def query_heads(layout: AttentionLayout) -> int:
 def kv_heads(layout: AttentionLayout) -> int:
     """How many kv heads there are."""
     return len(layout.kv)
+
+
+def scoring_heads(layout: AttentionLayout) -> int:
+    """How many query heads have queries of their own."""
+    return len(layout.scoring)
+
+
+def keyed_heads(layout: AttentionLayout) -> int:
+    """How many kv heads have keys."""
+    return len(layout.keyed)
 
 
 def group_size(layout: AttentionLayout) -> int:

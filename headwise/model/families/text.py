@@ -33,6 +33,8 @@ BERT = Family(
     },
 )
 
+ELECTRA = replace(BERT, name="electra", model_types=("electra",))
+
 ROBERTA = replace(BERT, name="roberta", model_types=("roberta",), padding_positions=True)
 
 DISTILBERT = Family(
@@ -48,3 +50,18 @@ DISTILBERT = Family(
     mlp=FeedForward(up="ffn.lin1", down="ffn.lin2", residual="ffn.lin1", size="hidden_dim"),
     bookkeeping={"n_heads": query_heads, "num_key_value_groups": group_size},
 )
+
+CLIP_TEXT = Family(
+    name="clip-text",
+    model_types=("clip_text_model",),
+    blocks="encoder.layers.*",
+    attention="self_attn",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="out_proj",
+    head_dim="head_dim",
+    mlp=FeedForward(up="mlp.fc1", down="mlp.fc2", residual="layer_norm2", size="intermediate_size"),
+    bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
+)
+"""Every token sees earlier ones only, but no text is generated: there is no cache, so that it is not ``causal``."""
