@@ -31,7 +31,7 @@ def limits(view: ModelView) -> tuple[str, ...]:
 
 
 def _sharing(layer: AttentionView) -> Iterator[str]:
-    """What share-kv cannot do with a layer."""
+    """What cannot be done to keys and values of a layer."""
     family = layer.family
     if family.qk_norm:
         yield (
@@ -45,8 +45,8 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
         )
     if family.ungrouped or isinstance(layer.module, GroupedAttention):
         yield (
-            "share-kv: the class needs a kv head for every query head; layers that share kv heads run an attention "
-            "module of headwise, and load through headwise only"
+            "share-kv, cluster-heads: the class needs as many keys and values as queries; edited layers run an "
+            "attention module of headwise, and load through headwise only"
         )
     elif family.model_types and "num_key_value_heads" not in family.config:
         yield (

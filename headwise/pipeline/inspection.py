@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -100,8 +101,9 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
         f"MACs                {macs} ({found['macs_note']})",
         f"KV bytes per token  {kv}",
     ]
-    lines += ["limits", *(f"  - {limit}" for limit in found["limits"])] if found["limits"] else []
-    return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]))
+    told = [Padding(Text(f"- {limit}"), (0, 0, 0, 2)) for limit in found["limits"]]
+    lines += ["limits"] if told else []
+    return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]), *told)
 
 
 def _neurons(mlp: dict[str, Any]) -> str:
