@@ -95,6 +95,11 @@ def test_generation_with_a_cache_gives_what_it_gives_without(family: str) -> Non
     assert texts[0].shape[1] == ids.shape[1] + 6
 
 
+@pytest.mark.parametrize("family", sorted(UNGROUPED))
+def test_a_module_in_another_s_place_trains_as_little(family: str) -> None:
+    assert not any(parameter.requires_grad for parameter in shared(family).module.parameters())
+
+
 def test_a_layer_has_counts_of_its_own_and_shares_the_rest_of_the_config() -> None:
     view = ModelView.of(make_model("phi3"))
     surgery.apply(view, EditPlan(edits=(DropHeads(layer=0, query=(0, 1)),)))
@@ -204,9 +209,13 @@ def test_a_layer_behind_a_norm_or_scale_is_fitted_to_its_own_output(family: str)
 
 
 def test_a_block_without_layer_scale_adds_its_output_as_it_is() -> None:
-    model = timm_like.timm_vit()
-    model.blocks[1].ls1 = nn.Identity()  # type: ignore[union-attr,index]
-    assert [layer.direct for layer in ModelView.of(model).attention] == [False, True, False]
+    model: Any = timm_like.timm_vit()
+    model.blocks[1].ls1 = model.blocks[2].ls2 = nn.Identity()
+    view = ModelView.of(model)
+    assert [layer.direct for layer in view.attention] == [False, True, False]
+    assert [mlp.record.residual for mlp in view.mlp] == ["", "", "norm2"]
+    model.blocks[0].mlp.norm = nn.LayerNorm(48)
+    assert [mlp.path for mlp in ModelView.of(model).mlp] == ["blocks.1", "blocks.2"]
 
 
 # -------------------------------------------------------------------------------------------------------------- timm

@@ -54,9 +54,10 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+        self.norm: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.fc2(self.act(self.fc1(x)))
+        output: torch.Tensor = self.fc2(self.norm(self.act(self.fc1(x))))
         return output
 
 

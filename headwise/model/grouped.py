@@ -43,19 +43,21 @@ def own_config(module: nn.Module, name: str, value: Any) -> None:
 
 
 class GroupedAttention(nn.Module):
-    """Self-attention of transformers with fewer kv than query heads, with rotary positions or without.
+    """Self-attention of transformers with any number of queries, keys and values, with rotary positions or without.
 
-    Takes the place of attention modules whose class has a key and a value head for every query head. It is called as
-    they are, and calls the attention function that the config names.
+    Takes the place of attention modules whose class has as many keys and values as queries. It is called as they are,
+    and calls the attention function that the config names.
 
     Attributes:
-        q_proj: (N * H, D); ``k_proj`` and ``v_proj``: (K * H, D); ``out_proj``: (D, N * H).
+        q_proj: (N * H, D); ``k_proj`` and ``v_proj``: (K * H, D), with fewer queries and keys in a clustered layer;
+            ``out_proj``: (D, N * H).
         num_key_value_groups: query heads per kv head; read by the attention functions.
     """
 
     config: Any
     layer_idx: Any
     is_causal: Any
+    scaling: Any
 
     def __init__(self, original: nn.Module, head_dim: int) -> None:
         super().__init__()
@@ -64,6 +66,7 @@ class GroupedAttention(nn.Module):
         self.head_dim = head_dim
         self.num_key_value_groups = 1
         self.is_causal = original.is_causal
+        self.scaling = original.scaling
         self.attention_dropout = float(self.config.attention_dropout)
         # Surgery puts the weights in.
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_empty(next(original.parameters())) for _ in range(4))
@@ -95,7 +98,7 @@ class GroupedAttention(nn.Module):
             value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
+            scaling=self.scaling,
             **kwargs,
         )
         output: torch.Tensor = self.out_proj(mixed.flatten(2))
@@ -103,7 +106,7 @@ class GroupedAttention(nn.Module):
 
 
 def _empty(like: torch.Tensor) -> nn.Linear:
-    return nn.Linear(1, 1, bias=False, device=like.device, dtype=like.dtype)
+    return nn.Linear(1, 1, bias=False, device=like.device, dtype=like.dtype).requires_grad_(like.requires_grad)
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,11 @@ def timm_family(attention: Any, block: nn.Module) -> Family:
     behind = {"ResPostBlock": "norm1"}.get(type(block).__name__, "")
     between = next((name for name in ("ls1", "ls") if hasattr(block, name)), behind)
     residual = "norm2" if isinstance(getattr(block, "ls2", None), nn.Identity) else ""
+    # A norm over the neurons ties them together.
+    tied = not isinstance(getattr(getattr(block, "mlp", None), "norm", None), nn.Identity | None)
     return replace(
         TIMM,
         between=between,
         qk_norm=not isinstance(attention.q_norm, nn.Identity),
-        mlp=replace(_MLP, residual=residual),
+        mlp=None if tied else replace(_MLP, residual=residual),
     )
