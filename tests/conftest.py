@@ -95,6 +95,12 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
             dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, vocab_size=VOCABULARY, max_position_embeddings=40
         )
     ),
+    "albert": lambda: transformers.AlbertModel(
+        # Two layers pass through each group of blocks.
+        transformers.AlbertConfig(
+            **{**_TEXT, "num_hidden_layers": 2 * LAYERS}, num_hidden_groups=LAYERS, embedding_size=16
+        )
+    ),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_ENCODER, image_size=8, patch_size=4)),
     "gpt2": _gpt2,
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
@@ -106,7 +112,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 }
 FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
 """Plain modules, by the factory that a checkpoint names."""
-MULTI_HEAD = {"bert", "roberta", "distilbert", "vit", "gpt2", "torch", "wrapped"}
+MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "torch", "wrapped"}
 """Families here whose query heads have a kv head each."""
 STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
 """Families whose own config can express fewer heads of the same width."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,8 +15,22 @@ from headwise.model.access import attribute
 from headwise.model.attention import MultiHeadAttention
 from headwise.model.families import FAMILIES, Family, FeedForward, family_of, plain_family
 
-Found = tuple[str, nn.Module, nn.Module, Family]
-"""Path from the root, attention module, block around it, and the record that describes them."""
+
+class Found(NamedTuple):
+    """An attention layer.
+
+    Attributes:
+        path: from the root.
+        module: the attention module; ``block``: the block around it.
+        family: the record that describes them.
+        runs: how often one forward of the model passes through it.
+    """
+
+    path: str
+    module: nn.Module
+    block: nn.Module
+    family: Family
+    runs: int = 1
 
 
 def backbones(module: nn.Module) -> list[PreTrainedModel]:
@@ -35,26 +51,30 @@ def longest_sequence(module: nn.Module) -> int | None:
 
 
 def find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
-    """The attention of every block that the backbone's family record names."""
+    """The attention layers that the backbone's family record names, in the order in which they run."""
     family = family_of(backbone.config.model_type)
-    pattern = re.compile(re.escape(family.blocks).replace(r"\*", r"(\d+)"))
     root_names = {id(child): name for name, child in root.named_modules()}
-    blocks = [
-        (tuple(map(int, match.groups())), child)
-        for name, child in backbone.base_model.named_modules()
-        if (match := pattern.fullmatch(name))
-    ]
-    found: list[Found] = []
-    for _, block in sorted(blocks, key=operator.itemgetter(0)):
-        layer = attribute(block, family.attention)
-        found.append((root_names[id(layer)], layer, block, family))
+    found = []
+    for kind in family.kinds:
+        for index, block in _blocks(backbone, kind):
+            layer = attribute(block, kind.attention)
+            runs = 1 if kind.runs is None else kind.runs(backbone.config, index)
+            found.append(((kind.decoder, index), Found(root_names[id(layer)], layer, block, kind, runs)))
     if not found:
         raise UnsupportedModelError(
             f'no attention layer at "{family.blocks}.{family.attention}" in {type(backbone).__name__}',
             expected=f"the module names that the {family.name} record describes",
             fix="check the transformers version: a renamed module is one line in headwise/model/families",
         )
-    return found
+    # Encoders run before decoders; within a block, layers run in the order of their kinds, which sorting keeps.
+    return [layer for _, layer in sorted(found, key=operator.itemgetter(0))]
+
+
+def _blocks(backbone: PreTrainedModel, kind: Family) -> Iterator[tuple[tuple[int, ...], nn.Module]]:
+    pattern = re.compile(re.escape(kind.blocks).replace(r"\*", r"(\d+)"))
+    for name, child in backbone.base_model.named_modules():
+        if match := pattern.fullmatch(name):
+            yield tuple(map(int, match.groups())), child
 
 
 def find_by_type(root: nn.Module) -> list[Found]:
@@ -63,7 +83,7 @@ def find_by_type(root: nn.Module) -> list[Found]:
     for name, child in root.named_modules():
         if isinstance(child, MultiHeadAttention):
             block: nn.Module = attribute(root, name.rpartition(".")[0])
-            found.append((name, child, block, plain_family(block)))
+            found.append(Found(name, child, block, plain_family(block)))
     return found
 
 

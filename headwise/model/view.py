@@ -6,7 +6,7 @@ query heads have queries and J of the K kv heads have keys; elsewhere R is N and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,7 @@ from headwise.model.access import See, attribute, hooked, matrix, watched_input,
 from headwise.model.attend import See as SeeWeights
 from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
-from headwise.model.families import Family
-from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
+from headwise.model.finding import Found, backbones, find_by_path, find_by_type, find_mlp, no_attention
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
 
@@ -56,14 +55,16 @@ class AttentionView:
         module: the attention module; ``block``: the transformer block around it.
         layout: the heads it has; surgery sets it together with the weights.
         residual: whether the block's input is the residual stream that this layer adds to.
+        runs: how often one forward of the model passes through it; its hooks see every run.
     """
 
-    def __init__(self, index: int, path: str, module: nn.Module, block: nn.Module, family: Family) -> None:
+    def __init__(self, index: int, found: Found) -> None:
         self.index = index
-        self.path = path
-        self.module = module
-        self.block = block
-        self.family = family
+        self.path = found.path
+        self.module = found.module
+        self.block = found.block
+        self.family = found.family
+        self.runs = found.runs
         self.residual = True
         self.layout = bound(self.caller) or self._plain_layout()
 
@@ -153,6 +154,12 @@ class AttentionView:
         """Call ``see`` with attention weights, (B, N, T, S), and the values they weigh, (B, N, S, H)."""
         return watch(self.caller, see)
 
+    @contextmanager
+    def watch_calls(self, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+        """Call ``see`` with the arguments of every call of the attention module."""
+        with hooked(self.module.register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)):
+            yield
+
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
         return watched_input(attribute(self.module, self.family.key), see)
@@ -195,7 +202,7 @@ class ModelView:
             found += find_by_type(module)
         if not found:
             raise no_attention(module)
-        views = tuple(AttentionView(index, *entry) for index, entry in enumerate(found))
+        views = tuple(AttentionView(index, entry) for index, entry in enumerate(found))
         names = {id(child): name for name, child in module.named_modules()}
         mlps: list[MlpView] = []
         seen: set[int] = set()

@@ -31,6 +31,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "query_heads": len(layer.layout.query),
             "kv_heads": len(layer.layout.kv),
             "head_dim": layer.layout.head_dim,
+            "runs": layer.runs,
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
             "mlp": mlp_of.get(id(layer.block)),
@@ -79,7 +80,8 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     for layer in found["layers"]:
         neurons = "none" if layer["mlp"] is None else _neurons(found["mlps"][layer["mlp"]])
         counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"], neurons)
-        table.add_row(str(layer["layer"]), layer["path"], *map(str, counts))
+        runs = f" ({layer['runs']} runs)" if layer["runs"] > 1 else ""
+        table.add_row(str(layer["layer"]), layer["path"] + runs, *map(str, counts))
     macs = (
         "not counted" if found["macs"] is None else f"{found['macs']:,}, of these attention {found['attention_macs']:,}"
     )

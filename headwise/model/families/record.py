@@ -9,6 +9,8 @@ from typing import Any
 from headwise.model.layout import AttentionLayout
 
 Count = Callable[[AttentionLayout], int | list[int]]
+Runs = Callable[[Any, tuple[int, ...]], int]
+"""Config and index of a block -> how often one forward passes through the block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,10 @@ class Family:
         qk_norm: queries and keys are normalised between projection and score.
         bookkeeping: attributes of the attention module that depend on the head counts.
         padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
+        also: further kinds of attention layers in the same models, in the order in which they run in a block: each a
+            record of its own, as with the attention of a decoder to its encoder.
+        decoder: the layer belongs to a decoder that runs behind an encoder.
+        runs: how often a block runs where layers share one; None where every block runs once.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
             class derives the head width from the head count, so that it cannot express fewer heads.
@@ -75,9 +81,17 @@ class Family:
     rotary: bool = False
     qk_norm: bool = False
     padding_positions: bool = False
+    also: tuple[Family, ...] = ()
+    decoder: bool = False
+    runs: Runs | None = None
     mlp: FeedForward | None = None
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[Family, ...]:
+        """The record itself and those of further kinds of layers in the same models."""
+        return (self, *self.also)
 
     def longest_sequence(self, config: Any) -> int | None:
         """How many tokens a model with this config can take, or None where it sets no limit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from headwise.model.families.record import (
     Family,
@@ -47,4 +48,31 @@ DISTILBERT = Family(
     head_dim="attention_head_size",
     mlp=FeedForward(up="ffn.lin1", down="ffn.lin2", residual="ffn.lin1", size="hidden_dim"),
     bookkeeping={"n_heads": query_heads, "num_key_value_groups": group_size},
+)
+
+
+def _albert_runs(config: Any, index: tuple[int, ...]) -> int:
+    """ALBERT's layers pass through its groups of blocks in turn, each as often as its share of the layers."""
+    group, _ = index
+    per_group = config.num_hidden_layers / config.num_hidden_groups
+    return sum(int(layer / per_group) == group for layer in range(config.num_hidden_layers))
+
+
+ALBERT = Family(
+    name="albert",
+    model_types=("albert",),
+    blocks="encoder.albert_layer_groups.*.albert_layers.*",
+    attention="attention",
+    query="query",
+    key="key",
+    value="value",
+    output="dense",
+    head_dim="attention_head_size",
+    runs=_albert_runs,
+    mlp=FeedForward(up="ffn", down="ffn_output", residual="ffn", size="intermediate_size"),
+    bookkeeping={
+        "num_attention_heads": query_heads,
+        "all_head_size": query_width,
+        "num_key_value_groups": group_size,
+    },
 )
