@@ -35,6 +35,30 @@ _DECODER = {
 }
 
 
+_SEQ2SEQ = {
+    "d_model": WIDTH,
+    # Three attention layers: of the encoder, of the decoder, and of the decoder to the encoder.
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+
+def bart_config(**options: Any) -> transformers.BartConfig:
+    """BART with three attention layers unless ``options`` say otherwise."""
+    return transformers.BartConfig(
+        **{**_SEQ2SEQ, "max_position_embeddings": 40, "forced_eos_token_id": None, **options}
+    )
+
+
 class TwoHeads(nn.Module):
     """A plain module on nn.TransformerEncoder with two outputs."""
 
@@ -107,13 +131,16 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER)),
+    "bart": lambda: transformers.BartModel(bart_config()),
     "torch": two_heads,
     "wrapped": wrapped_bert,
 }
 FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
 """Plain modules, by the factory that a checkpoint names."""
-MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "torch", "wrapped"}
+MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "torch", "wrapped"}
 """Families here whose query heads have a kv head each."""
+SEQ2SEQ = {"bart"}
+"""Families with an encoder and a decoder."""
 STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
 """Families whose own config can express fewer heads of the same width."""
 
@@ -121,7 +148,13 @@ STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
 def make_model(name: str, seed: int = 0) -> nn.Module:
     """A tiny model in eval mode with weights large enough for heads to matter."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    return randomize(MODELS[name](), seed=None)
+
+
+def randomize(model: nn.Module, seed: int | None = 0) -> nn.Module:
+    """Eval mode, and weights large enough for heads to matter; without a seed they go on from the last draw."""
+    if seed is not None:
+        torch.manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 or key.endswith("bias"):
@@ -137,7 +170,12 @@ def make_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     if name == "torch":
         return {"tokens": torch.randn(2, 5, WIDTH, generator=generator)}
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-    return {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "attention_mask": mask}
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "attention_mask": mask}
+    if name in SEQ2SEQ:
+        # As many decoder tokens as encoder tokens, so that only the right mask gives the right padding.
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
+        inputs["decoder_attention_mask"] = torch.tensor([[1] * 7, [1] * 6 + [0]])
+    return inputs
 
 
 def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from headwise.calibration.stats import did_not_run
 from headwise.calibration.tasks import Examples
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
@@ -82,7 +83,7 @@ def fit_output(
     cross = torch.zeros(features, width, dtype=torch.float64)
     energy, tokens = 0.0, 0
     for batch in examples.batches(batch_size):
-        valid = batch.valid()
+        valid = batch.valid(decoder=student.attention[layer].family.decoder)
         for heads, target in _runs(student, teacher, layer, to_torch(batch.inputs)):
             keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
             o = _tokens(heads.flatten(2), keep)
@@ -185,11 +186,7 @@ def _observe(
             run(model.module, inputs)
         except _Stop:
             return seen["heads"], seen["output"], seen["residual"]
-    raise DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="an attention layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
+    raise did_not_run(layer)
 
 
 def _tokens(tensor: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

@@ -54,7 +54,7 @@ class AttentionView:
         path: dotted name of the attention module from the root of the model.
         module: the attention module; ``block``: the transformer block around it.
         layout: the heads it has; surgery sets it together with the weights.
-        residual: whether the block's input is the residual stream that this layer adds to.
+        residual: whether ``watch_residual`` sees the residual stream that this layer adds to.
         runs: how often one forward of the model passes through it; its hooks see every run.
     """
 
@@ -164,13 +164,17 @@ class AttentionView:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
         return watched_input(attribute(self.module, self.family.key), see)
 
+    def watch_query_input(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with what queries are projected from, (B, T, D), on every forward."""
+        return watched_input(attribute(self.module, self.family.query), see)
+
     def watch_output(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what the layer adds to the residual stream, (B, T, D)."""
         return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with the block's input, (B, T, D): the residual stream that the layer's output is added to."""
-        return watched_input(self.block, see)
+        """Call ``see`` with the residual stream that the layer's output is added to, (B, T, D); see ``residual``."""
+        return watched_input(attribute(self.block, self.family.residual), see)
 
 
 class ModelView:
@@ -207,9 +211,9 @@ class ModelView:
         mlps: list[MlpView] = []
         seen: set[int] = set()
         for view in views:
-            view.residual = id(view.block) not in seen
+            view.residual = bool(view.family.residual) or id(view.block) not in seen
             record = find_mlp(view.block, view.family)
-            if view.residual and record is not None:
+            if record is not None and id(view.block) not in seen:
                 mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, view.family, record))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))

@@ -66,7 +66,13 @@ def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torc
     if "input_ids" in names:
         length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
         ids = torch.ones(1, length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"one sequence of {length} tokens"
+        end = getattr(config, "eos_token_id", None)
+        if isinstance(end, int):  # some classifiers read the state of this token
+            ids[:, -1] = end
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "decoder_input_ids" not in names:
+            return inputs, f"one sequence of {length} tokens"
+        return {**inputs, "decoder_input_ids": ids}, f"{length} tokens for the encoder and for the decoder"
     if "pixel_values" in names and hasattr(config, "image_size"):
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size

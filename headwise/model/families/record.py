@@ -59,6 +59,9 @@ class Family:
         also: further kinds of attention layers in the same models, in the order in which they run in a block: each a
             record of its own, as with the attention of a decoder to its encoder.
         decoder: the layer belongs to a decoder that runs behind an encoder.
+        cross: keys and values are, or may be, projected from another sequence than queries.
+        residual: path from a block to the module whose input is the residual stream that this layer's output is added
+            to; empty where that is the block itself, or where no module's input is.
         runs: how often a block runs where layers share one; None where every block runs once.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
@@ -83,6 +86,8 @@ class Family:
     padding_positions: bool = False
     also: tuple[Family, ...] = ()
     decoder: bool = False
+    cross: bool = False
+    residual: str = ""
     runs: Runs | None = None
     mlp: FeedForward | None = None
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)

@@ -1,0 +1,31 @@
+"""Encoders with a decoder that attends to them: three kinds of attention layers in one model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from headwise.model.families.record import (
+    Family,
+    FeedForward,
+    group_size,
+    query_heads,
+)
+
+_BART_ENCODER = Family(
+    name="bart",
+    model_types=("bart",),
+    blocks="encoder.layers.*",
+    attention="self_attn",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="out_proj",
+    head_dim="head_dim",
+    mlp=FeedForward(up="fc1", down="fc2", residual="fc1"),
+    bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
+)
+_BART_DECODER = replace(_BART_ENCODER, blocks="decoder.layers.*", causal=True, decoder=True)
+_BART_CROSS = replace(
+    _BART_DECODER, attention="encoder_attn", causal=False, cross=True, residual="encoder_attn", mlp=None
+)
+BART = replace(_BART_ENCODER, also=(_BART_DECODER, _BART_CROSS))
