@@ -59,6 +59,12 @@ def bart_config(**options: Any) -> transformers.BartConfig:
     )
 
 
+def whisper_config(**options: Any) -> transformers.WhisperConfig:
+    """Whisper with three attention layers and spectrograms of 14 frames unless ``options`` say otherwise."""
+    sizes = {"max_source_positions": 7, "max_target_positions": 20, "num_mel_bins": 8}
+    return transformers.WhisperConfig(**{**_SEQ2SEQ, **sizes, **options})
+
+
 class TwoHeads(nn.Module):
     """A plain module on nn.TransformerEncoder with two outputs."""
 
@@ -132,14 +138,15 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER)),
     "bart": lambda: transformers.BartModel(bart_config()),
+    "whisper": lambda: transformers.WhisperModel(whisper_config()),
     "torch": two_heads,
     "wrapped": wrapped_bert,
 }
 FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
 """Plain modules, by the factory that a checkpoint names."""
-MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "torch", "wrapped"}
+MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "whisper", "torch", "wrapped"}
 """Families here whose query heads have a kv head each."""
-SEQ2SEQ = {"bart"}
+SEQ2SEQ = {"bart", "whisper"}
 """Families with an encoder and a decoder."""
 STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
 """Families whose own config can express fewer heads of the same width."""
@@ -175,6 +182,9 @@ def make_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
         # As many decoder tokens as encoder tokens, so that only the right mask gives the right padding.
         inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
         inputs["decoder_attention_mask"] = torch.tensor([[1] * 7, [1] * 6 + [0]])
+    if name == "whisper":
+        del inputs["input_ids"], inputs["attention_mask"]
+        inputs["input_features"] = torch.randn(2, 8, 14, generator=generator)
     return inputs
 
 

@@ -16,7 +16,7 @@ from headwise.model.forward import run
 from headwise.model.view import ModelView
 
 
-@pytest.mark.parametrize("family", ["albert"])
+@pytest.mark.parametrize("family", ["albert", "whisper"])
 def test_the_graph_of_a_pruned_model_is_the_model(family: str, tmp_path: Path) -> None:
     view, tensors = ModelView.of(make_model(family)), make_inputs(family)
     gone = [DropHeads(layer=layer.index, query=(0, 1, 2)[: layer.index + 1]) for layer in view.attention]

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SEQ2SEQ, VOCABULARY, bart_config, make_inputs, make_model, randomize
+from conftest import (
+    SEQ2SEQ,
+    VOCABULARY,
+    bart_config,
+    largest_difference,
+    make_inputs,
+    make_model,
+    randomize,
+    whisper_config,
+)
 from test_stats import single_rows
 
 from headwise.calibration.data import DataSpec, load_table
@@ -21,16 +30,17 @@ from headwise.errors import DataError
 from headwise.export.onnx import to_onnx
 from headwise.model import surgery
 from headwise.model.access import attribute, watched_input
-from headwise.model.checkpoint import Checkpoint
+from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run
+from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.prune_heads import PruneHeads
 from headwise.pipeline.inspection import inspect_checkpoint
 
 FAMILIES = sorted(SEQ2SEQ)
-BEHIND_CROSS = {"bart": "encoder_attn_layer_norm"}
+BEHIND_CROSS = {"bart": "encoder_attn_layer_norm", "whisper": "final_layer_norm"}
 """The module behind the attention of decoders to encoders, whose input is residual stream plus layer output."""
 
 
@@ -39,20 +49,29 @@ def fidelity() -> Task:
 
 
 def ragged(family: str, rows: int = 6) -> Examples:
-    """Rows whose sequences have other lengths in encoder and decoder, so that a batch has padding in both."""
+    """Rows whose sequences have other lengths in encoder and decoder, so that a batch has padding in both.
+
+    Spectrograms are all of one length, and have as many tokens as the longest sequence of the decoder.
+    """
     generator = np.random.default_rng(0)
     found: list[dict[str, Any]] = []
     for row in range(rows):
-        lengths = {"input_ids": 4 + row % 3, "decoder_input_ids": 6 - row % 3}
+        lengths = {"input_ids": 5 + row % 3, "decoder_input_ids": 7 - row % 3}
         ids = {name: generator.integers(3, VOCABULARY, n) for name, n in lengths.items()}
         masks = {name.replace("input_ids", "attention_mask"): np.ones(n, dtype=np.int64) for name, n in lengths.items()}
-        found.append({name: array for name, array in {**ids, **masks}.items() if name in make_inputs(family)})
+        sound = {"input_features": generator.normal(size=(8, 14)).astype(np.float32)}
+        every = {**ids, **masks, **sound}
+        found.append({name: every[name] for name in make_inputs(family)})
     return Examples.of(found, source="made up", padding=dict.fromkeys(found[0], 0))
 
 
 def two_layers(family: str) -> ModelView:
-    model = {"bart": lambda: transformers.BartModel(bart_config(encoder_layers=2, decoder_layers=2))}[family]()
-    return ModelView.of(randomize(model))
+    depth = {"encoder_layers": 2, "decoder_layers": 2}
+    models = {
+        "bart": lambda: transformers.BartModel(bart_config(**depth)),
+        "whisper": lambda: transformers.WhisperModel(whisper_config(**depth)),
+    }
+    return ModelView.of(randomize(models[family]()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,6 +198,21 @@ def classifier() -> torch.nn.Module:
     return randomize(transformers.BartForSequenceClassification(bart_config(num_labels=3)))
 
 
+def test_a_classifier_of_sounds_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", input_features=generator.normal(size=(8, 8, 14)).astype(np.float32))
+    config = whisper_config(num_labels=3, classifier_proj_size=16, encoder_layers=2)
+    module, original = (randomize(transformers.WhisperForAudioClassification(config)) for _ in range(2))
+    checkpoint = Checkpoint(module=module, source="x", kind="transformers", digest="")
+    task, view = fidelity(), checkpoint.view()
+    examples = task.encode(load_table(DataSpec.model_validate({"path": str(tmp_path / "data.npz")}), ()), checkpoint)
+    run_pass(PruneHeads(ratio=0.4), view, ModelView.of(original), task, examples)
+    save_checkpoint(checkpoint, view, tmp_path / "out")
+    inputs = {"input_features": torch.as_tensor(examples.example_batch()["input_features"])}
+    with torch.no_grad():
+        assert largest_difference(run(module, inputs), run(load_checkpoint(tmp_path / "out").module, inputs)) == 0.0
+
+
 def test_the_graph_of_a_classifier_that_reads_the_last_token(tmp_path: Path) -> None:
     """Half a sequence has no last token: the graph is compared at another length then."""
     view = ModelView.of(classifier())
@@ -189,6 +223,33 @@ def test_the_graph_of_a_classifier_that_reads_the_last_token(tmp_path: Path) -> 
     info = to_onnx(view.module, sample, tmp_path / "model.onnx", dynamic=dict.fromkeys(sample, (0, 1)))
     assert {found.shape for found in info.parity} == {"2x8", "1x8", "4x8", "2x9"}
     assert {found.output for found in info.parity} == {"logits", "encoder_last_hidden_state"}
+
+
+class Alone(torch.nn.Module):
+    """A module around one half of a model."""
+
+    def __init__(self, half: torch.nn.Module) -> None:
+        super().__init__()
+        self.half = half
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.half(**inputs).last_hidden_state
+        return states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_one_half_of_a_model_is_viewed_alone(family: str, decoder: bool) -> None:
+    """Multi-task models often hold the encoder only."""
+    whole = two_layers(family)
+    half: Any = whole.module.get_submodule("decoder" if decoder else "encoder")
+    view = ModelView.of(Alone(half))
+    same = [layer for layer in whole.attention if layer.family.decoder == decoder]
+    assert [layer.module for layer in view.attention] == [layer.module for layer in same]
+    assert [layer.family.causal for layer in view.attention] == [layer.family.causal for layer in same]
+    assert [layer.path.partition(".")[2] for layer in view.attention] == [
+        layer.path.partition(".")[2] for layer in same
+    ]
 
 
 def test_attention_to_an_encoder_that_is_not_there_is_named() -> None:

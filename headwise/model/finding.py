@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -55,7 +56,7 @@ def find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
     family = family_of(backbone.config.model_type)
     root_names = {id(child): name for name, child in root.named_modules()}
     found = []
-    for kind in family.kinds:
+    for kind in _kinds(backbone, family):
         for index, block in _blocks(backbone, kind):
             layer = attribute(block, kind.attention)
             runs = 1 if kind.runs is None else kind.runs(backbone.config, index)
@@ -70,10 +71,26 @@ def find_by_path(root: nn.Module, backbone: PreTrainedModel) -> list[Found]:
     return [layer for _, layer in sorted(found, key=operator.itemgetter(0))]
 
 
+def _kinds(backbone: PreTrainedModel, family: Family) -> tuple[Family, ...]:
+    """The kinds of layers that a backbone can have, with paths from where it begins.
+
+    A lone encoder or decoder begins one step further down. A decoder also has what makes an encoder, so it is tried
+    first.
+    """
+    if any(True for kind in family.kinds for _ in _blocks(backbone, kind)):
+        return family.kinds
+    for decoder in (True, False):
+        half = [kind for kind in family.kinds if kind.decoder == decoder]
+        part = [replace(kind, blocks=kind.blocks.partition(".")[2]) for kind in half]
+        if part and all(any(True for _ in _blocks(backbone, kind)) for kind in part):
+            return tuple(part)
+    return ()
+
+
 def _blocks(backbone: PreTrainedModel, kind: Family) -> Iterator[tuple[tuple[int, ...], nn.Module]]:
     pattern = re.compile(re.escape(kind.blocks).replace(r"\*", r"(\d+)"))
     for name, child in backbone.base_model.named_modules():
-        if match := pattern.fullmatch(name):
+        if (match := pattern.fullmatch(name)) and hasattr(child, kind.attention.partition(".")[0]):
             yield tuple(map(int, match.groups())), child
 
 

@@ -14,7 +14,7 @@ import torch
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
-from headwise.errors import SurgeryError
+from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run, to_torch
@@ -122,6 +122,7 @@ def make_plan(
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
+    _refuse(pass_, view)
     recovery = pass_.recovery()
     needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
     report = None if progress is None else partial(progress, "statistics")
@@ -129,6 +130,17 @@ def make_plan(
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
+
+
+def _refuse(pass_: Pass, view: ModelView) -> None:
+    """Raise PlanError, before anything is measured, where a pass cannot be right on a layer's class."""
+    for layer in view.attention:
+        if pass_.name in layer.family.refuses:
+            raise PlanError(
+                f"{pass_.name} cannot be applied to layer {layer.index} ({layer.family.name})",
+                expected=f"another pass, because {layer.family.refuses[pass_.name]}",
+                fix="leave the pass out; `headwise inspect` lists what a model cannot have done to it",
+            )
 
 
 def run_pass(

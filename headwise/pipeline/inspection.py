@@ -11,11 +11,12 @@ from rich.text import Text
 
 from headwise.gates.model_cost import kv_bytes_per_token, model_cost
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.limits import limits
 from headwise.pipeline.shapes import sequence_limit
 
 
 def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
-    """Heads, neurons and costs of a checkpoint as plain data.
+    """Heads, neurons, costs and limits of a checkpoint as plain data.
 
     ``macs`` is None, with the reason in ``macs_note``, where the inputs cannot be made up from the config.
     """
@@ -56,6 +57,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
         "macs_note": note,
         "kv_bytes_per_token": kv_bytes_per_token(view),
         "kv_dtype": "float16",
+        "limits": list(limits(view)),
     }
 
 
@@ -63,21 +65,31 @@ def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torc
     """One row of made-up inputs for a transformers model, and what the counts are for."""
     config: Any = getattr(checkpoint.module, "config", None)
     names = checkpoint.input_names()
+    inputs: dict[str, torch.Tensor] = {}
+    notes: list[str] = []
+    length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
+    ids = torch.ones(1, length, dtype=torch.long)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):  # some classifiers read the state of this token
+        ids[:, -1] = end
     if "input_ids" in names:
-        length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
-        ids = torch.ones(1, length, dtype=torch.long)
-        end = getattr(config, "eos_token_id", None)
-        if isinstance(end, int):  # some classifiers read the state of this token
-            ids[:, -1] = end
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "decoder_input_ids" not in names:
-            return inputs, f"one sequence of {length} tokens"
-        return {**inputs, "decoder_input_ids": ids}, f"{length} tokens for the encoder and for the decoder"
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        notes.append(f"one sequence of {length} tokens")
     if "pixel_values" in names and hasattr(config, "image_size"):
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(1, channels, height, width)}, f"one {height} x {width} image"
-    return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
+        inputs["pixel_values"] = torch.zeros(1, channels, height, width)
+        notes.append(f"one {height} x {width} image")
+    if "input_features" in names and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions  # the second convolution takes every other frame
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames)
+        notes.append(f"one spectrogram of {frames} frames")
+    if "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = ids
+        notes.append(f"{length} tokens for the decoder")
+    if not inputs:
+        return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
+    return inputs, " and ".join(notes)
 
 
 def inspection_table(found: dict[str, Any]) -> RenderableType:
@@ -98,6 +110,7 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
         f"MACs                {macs} ({found['macs_note']})",
         f"KV bytes per token  {kv}",
     ]
+    lines += ["limits", *(f"  - {limit}" for limit in found["limits"])] if found["limits"] else []
     return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]))
 
 

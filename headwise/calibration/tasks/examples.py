@@ -105,12 +105,12 @@ class Examples:
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of up to ``size`` samples, longest first, padded to the longest row; the same order every time.
 
-        Rows of different shapes only share a batch where the model gets a mask that says what is padding.
+        Rows of different shapes only share a batch where the model gets a mask that says what is padding: of the
+        encoder's inputs and of the decoder's, where it has both.
         """
         shapes = [tuple(_shapes(row) for row in self._sample(i)) for i in range(len(self))]
         order = sorted(range(len(self)), key=lambda i: (-_size(shapes[i]), shapes[i], i))
-        maskable = all(mask_name(self.rows[0], decoder=decoder) for decoder in (False, True))
-        for _, group in itertools.groupby(order, key=lambda i: maskable or shapes[i]):
+        for _, group in itertools.groupby(order, key=lambda i: tuple(map(_unmasked, self._sample(i)))):
             for chunk in _batched(group, size):
                 yield self._batch(chunk)
 
@@ -144,11 +144,9 @@ class Examples:
         Where there is a mask, some of the batch is padding: a graph traced without any may lose its mask.
         """
         order = sorted(range(len(self.rows)), key=lambda i: (-_length(self.rows[i]), i))
-        masks = dict.fromkeys(mask_name(self.rows[0], decoder=decoder) for decoder in (False, True))
-        if None in masks:
-            order = [i for i in order if _shapes(self.rows[i]) == _shapes(self.rows[order[0]])]
+        order = [i for i in order if _unmasked(self.rows[i]) == _unmasked(self.rows[order[0]])]
         picked = [self.rows[order[round(i)]] for i in np.linspace(0, len(order) - 1, size)]
-        for mask in filter(None, masks):
+        for mask in _masks(self.rows[0]):
             tokens = {len(row[mask]) for row in picked}
             if len(tokens) == 1 and max(tokens) > 1 and all(_real(row, mask).all() for row in picked):
                 picked[-1] = _shortened(picked[-1], mask)
@@ -181,12 +179,21 @@ def _real(row: Row, mask: str) -> Array:
     return real
 
 
+def _masks(row: Row) -> tuple[str, ...]:
+    """The masks of a row, one per sequence."""
+    names = (mask_name(row, decoder=decoder) for decoder in (False, True))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _unmasked(row: Row) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Shapes of the inputs of which no mask says what is padding."""
+    masked = {decoder: mask_name(row, decoder=decoder) is not None for decoder in (False, True)}
+    return tuple((name, shape) for name, shape in _shapes(row) if not masked[name.startswith("decoder_")])
+
+
 def _length(row: Row) -> int:
-    """Real tokens of a row; without a mask its number of elements."""
-    masks = {mask_name(row, decoder=decoder) for decoder in (False, True)}
-    if None in masks:
-        return _size((_shapes(row),))
-    return sum(int(_real(row, mask).sum()) for mask in masks if mask is not None)
+    """Real tokens of a row, and the number of elements of inputs without a mask."""
+    return sum(int(_real(row, mask).sum()) for mask in _masks(row)) + _size((_unmasked(row),))
 
 
 def _shapes(row: Row) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -55,6 +55,8 @@ class Family:
         rotary: queries and keys are rotated by their position, in pairs of coordinates half a head apart.
         qk_norm: queries and keys are normalised between projection and score.
         bookkeeping: attributes of the attention module that depend on the head counts.
+        refuses: passes that cannot be right on this class -> the reason, as a clause behind "because".
+        positions: the entry of the config that says how many tokens the model can take.
         padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
         also: further kinds of attention layers in the same models, in the order in which they run in a block: each a
             record of its own, as with the attention of a decoder to its encoder.
@@ -83,6 +85,8 @@ class Family:
     causal: bool = False
     rotary: bool = False
     qk_norm: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    positions: str = "max_position_embeddings"
     padding_positions: bool = False
     also: tuple[Family, ...] = ()
     decoder: bool = False
@@ -100,7 +104,7 @@ class Family:
 
     def longest_sequence(self, config: Any) -> int | None:
         """How many tokens a model with this config can take, or None where it sets no limit."""
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = getattr(config, self.positions, None)
         if not isinstance(longest, int):
             return None
         return longest - config.pad_token_id - 1 if self.padding_positions else longest
