@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from headwise.model.families import FAMILIES
+
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
@@ -63,6 +65,13 @@ def whisper_config(**options: Any) -> transformers.WhisperConfig:
     """Whisper with three attention layers and spectrograms of 14 frames unless ``options`` say otherwise."""
     sizes = {"max_source_positions": 7, "max_target_positions": 20, "num_mel_bins": 8}
     return transformers.WhisperConfig(**{**_SEQ2SEQ, **sizes, **options})
+
+
+def t5_config(**options: Any) -> transformers.T5Config:
+    """T5 with three attention layers, and heads that are narrower than width / heads, unless ``options`` say else."""
+    sizes = {"d_model": WIDTH, "d_kv": 6, "d_ff": 48, "num_layers": 1, "num_heads": HEADS, "vocab_size": VOCABULARY}
+    positions = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
+    return transformers.T5Config(**{**sizes, **positions, "eos_token_id": 2, "decoder_start_token_id": 0, **options})
 
 
 class TwoHeads(nn.Module):
@@ -139,17 +148,24 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_DECODER)),
     "bart": lambda: transformers.BartModel(bart_config()),
     "whisper": lambda: transformers.WhisperModel(whisper_config()),
+    "t5": lambda: transformers.T5Model(t5_config()),
     "torch": two_heads,
     "wrapped": wrapped_bert,
 }
 FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
 """Plain modules, by the factory that a checkpoint names."""
-MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "whisper", "torch", "wrapped"}
+MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "whisper", "t5", "torch", "wrapped"}
 """Families here whose query heads have a kv head each."""
-SEQ2SEQ = {"bart", "whisper"}
+SEQ2SEQ = {"bart", "whisper", "t5"}
 """Families with an encoder and a decoder."""
-STOCK = {"vit", "llama", "qwen2", "qwen3", "mistral"}
+STOCK = {"vit", "t5", "llama", "qwen2", "qwen3", "mistral"}
 """Families whose own config can express fewer heads of the same width."""
+
+
+def allowed(pass_: str) -> list[str]:
+    """Families here whose record does not refuse a pass."""
+    described = {name: FAMILIES[name].kinds for name in MODELS if name in FAMILIES}
+    return [name for name in MODELS if not any(pass_ in kind.refuses for kind in described.get(name, ()))]
 
 
 def make_model(name: str, seed: int = 0) -> nn.Module:

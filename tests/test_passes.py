@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, LAYERS, MODELS, make_inputs, make_model
+from conftest import HEADS, LAYERS, MODELS, allowed, make_inputs, make_model
 from pydantic import ValidationError
 from test_stats import classifier_examples, language_examples
 
@@ -16,7 +16,6 @@ from headwise.calibration.tasks.fidelity import FidelityOptions
 from headwise.errors import DataError, PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
-from headwise.model.families import FAMILIES
 from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.passes.base import Pass, make_plan, run_pass
@@ -42,12 +41,7 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     return task, Examples.of(rows, source="made up", padding={"input_ids": 0, "attention_mask": 0})
 
 
-REFUSALS = [
-    (name, family)
-    for name in sorted(PASSES)
-    for family in sorted(FAMILIES.keys() & MODELS.keys())
-    if any(name in kind.refuses for kind in FAMILIES[family].kinds)
-]
+REFUSALS = [(name, family) for name in sorted(PASSES) for family in sorted(MODELS.keys() - set(allowed(name)))]
 
 
 @pytest.mark.parametrize(("name", "family"), REFUSALS)
@@ -70,7 +64,7 @@ def test_a_refusal_says_why_and_has_a_reason(
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [(name, family) for name in sorted(PASSES) for family in sorted(MODELS) if (name, family) not in REFUSALS],
+    [(name, family) for name in sorted(PASSES) for family in sorted(allowed(name))],
 )
 def test_contract(name: str, family: str) -> None:
     view, teacher = (ModelView.of(make_model(family)) for _ in range(2))

@@ -17,6 +17,7 @@ from conftest import (
     make_inputs,
     make_model,
     randomize,
+    t5_config,
     whisper_config,
 )
 from test_stats import single_rows
@@ -40,7 +41,7 @@ from headwise.passes.prune_heads import PruneHeads
 from headwise.pipeline.inspection import inspect_checkpoint
 
 FAMILIES = sorted(SEQ2SEQ)
-BEHIND_CROSS = {"bart": "encoder_attn_layer_norm", "whisper": "final_layer_norm"}
+BEHIND_CROSS = {"bart": "encoder_attn_layer_norm", "whisper": "final_layer_norm", "t5": "layer.2"}
 """The module behind the attention of decoders to encoders, whose input is residual stream plus layer output."""
 
 
@@ -70,6 +71,7 @@ def two_layers(family: str) -> ModelView:
     models = {
         "bart": lambda: transformers.BartModel(bart_config(**depth)),
         "whisper": lambda: transformers.WhisperModel(whisper_config(**depth)),
+        "t5": lambda: transformers.T5Model(t5_config(num_layers=2)),
     }
     return ModelView.of(randomize(models[family]()))
 

@@ -25,7 +25,7 @@ from headwise.passes.base import PassRecord, make_plan, run_pass
 from headwise.passes.grouping import adjacent, cheapest
 from headwise.passes.share_kv import ShareKVHeads
 
-ENCODERS = ("bert", "vit", "gpt2", "torch", "distilbert", "wrapped", "albert", "bart", "whisper")
+ENCODERS = ("bert", "vit", "gpt2", "torch", "distilbert", "wrapped", "albert", "bart", "whisper", "t5")
 
 
 def share(view: ModelView, family: str, **options: object) -> PassRecord:

@@ -85,7 +85,7 @@ def test_removed_heads_are_gone_from_the_weights(family: str) -> None:
             (old.value, old.value_bias, kvs),
         ):
             expected += count * (weight[0].numel() + (0 if bias is None else bias[0].numel()))
-        expected += queries * old.output[:, 0].numel()
+        expected += queries * (old.output[:, 0].numel() + sum(parts[0].numel() for parts in old.further.values()))
     assert lost == expected > 0
 
 

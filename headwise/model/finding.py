@@ -106,8 +106,10 @@ def find_by_type(root: nn.Module) -> list[Found]:
 
 def find_mlp(block: nn.Module, family: Family) -> FeedForward | None:
     """Where a block keeps its MLP; None where it has none, or one that is not like the record says."""
-    record = family.mlp
-    if record is None or not all(_has(block, path) for path in (record.up, record.gate, record.down) if path):
+    records = () if family.mlp is None else (family.mlp, *family.other_mlp)
+    complete = (r for r in records if all(_has(block, path) for path in (r.up, r.gate, r.down) if path))
+    record = next(complete, None)
+    if record is None:
         return None
     up, down = (attribute(block, path).get_parameter("weight") for path in (record.up, record.down))
     neurons_in, neurons_out = (up.shape[1], down.shape[0]) if family.transposed else (up.shape[0], down.shape[1])

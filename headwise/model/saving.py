@@ -16,6 +16,7 @@ from torch import nn
 from headwise.artifacts import storage_error, write_atomic
 from headwise.model.checkpoint import SIDECAR, WEIGHTS, Checkpoint
 from headwise.model.families import Count
+from headwise.model.handed import handed_alike
 from headwise.model.layout import uniform
 from headwise.model.sources import constructor_arguments, fresh, quietly
 from headwise.model.view import ModelView
@@ -58,7 +59,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
     clustered = any(entry.represented for entry in layout.attention)
     unchanged = not clustered and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
-    stock = unchanged or (uniform(layout.attention) and bool(counted))
+    stock = unchanged or (uniform(layout.attention) and bool(counted) and handed_alike(view))
     config = module.config
     original = copy.deepcopy(config)
     try:
@@ -66,13 +67,22 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
             for name, count in counted.items():
                 setattr(config, name, count(next(iter(layout.attention))))
         # The original format renames weights in a way that only the stock loader undoes.
+        tensors = _stock_tensors(module) if stock else module.state_dict()
         with quietly():
-            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+            module.save_pretrained(  # type: ignore[operator]
+                str(folder), state_dict=tensors, save_original_format=stock
+            )
     finally:
         module.config = original
     if checkpoint.folder is not None:
         _copy_companions(checkpoint.folder, folder)
     return stock
+
+
+def _stock_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that the stock class has; layers that compute their own have more, which are copies then."""
+    names = fresh(module).state_dict().keys()
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def _stock_config(view: ModelView) -> Mapping[str, Count]:

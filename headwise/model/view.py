@@ -6,7 +6,7 @@ query heads have queries and J of the K kv heads have keys; elsewhere R is N and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.errors import PlanError
-from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.access import See, attribute, find, hooked, matrix, watched_input, watched_output
 from headwise.model.attend import See as SeeWeights
 from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
@@ -34,6 +34,7 @@ class Projections:
         output: (D, N, H).
         query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
         output_bias: (D,) or None.
+        further: path of a further parameter -> its parts, (N, ...) of any shape behind.
     """
 
     query: torch.Tensor
@@ -44,6 +45,7 @@ class Projections:
     key_bias: torch.Tensor | None
     value_bias: torch.Tensor | None
     output_bias: torch.Tensor | None
+    further: Mapping[str, torch.Tensor]
 
 
 class AttentionView:
@@ -128,7 +130,14 @@ class AttentionView:
             key_bias=kb,
             value_bias=vb,
             output_bias=output_bias,
+            further=dict(self._further()),
         )
+
+    def _further(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, axis in self.family.per_head.items():
+            parameter = find(self.module, path)
+            if isinstance(parameter, nn.Parameter):
+                yield path, parameter.detach().movedim(axis, 0).unflatten(0, (len(self.layout.query), -1))
 
     @contextmanager
     def gate(self, scale: torch.Tensor) -> Iterator[None]:

@@ -38,6 +38,23 @@ class FeedForward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOn:
+    """What the first layer of a stack computes for all of them, one entry per query head, as T5 its position bias.
+
+    Layers that differ in their heads each compute their own: see ``headwise.model.handed``.
+
+    Attributes:
+        argument: of the attention module's forward, by which later layers get it; with None they compute their own.
+        table: path from the attention module to the module that it is computed from; empty where the class makes it up.
+        flag: path to what says that the attention module has the table; empty where there is no table.
+    """
+
+    argument: str
+    table: str = ""
+    flag: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """How one architecture stores multi-head attention.
 
@@ -65,7 +82,11 @@ class Family:
         residual: path from a block to the module whose input is the residual stream that this layer's output is added
             to; empty where that is the block itself, or where no module's input is.
         runs: how often a block runs where layers share one; None where every block runs once.
+        per_head: paths from the attention module to further parameters with an equal part for every query head -> the
+            axis along which the heads lie; a module may lack them.
+        handed_on: what the first layer of a stack computes for the others; None where each layer computes all itself.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
+        other_mlp: what blocks have instead of ``mlp`` under other options of the config.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
             class derives the head width from the head count, so that it cannot express fewer heads.
     """
@@ -93,7 +114,10 @@ class Family:
     cross: bool = False
     residual: str = ""
     runs: Runs | None = None
+    per_head: Mapping[str, int] = field(default_factory=dict)
+    handed_on: HandedOn | None = None
     mlp: FeedForward | None = None
+    other_mlp: tuple[FeedForward, ...] = ()
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
 
