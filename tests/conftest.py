@@ -74,6 +74,19 @@ def t5_config(**options: Any) -> transformers.T5Config:
     return transformers.T5Config(**{**sizes, **positions, "eos_token_id": 2, "decoder_start_token_id": 0, **options})
 
 
+def albert_config(**options: Any) -> transformers.AlbertConfig:
+    """ALBERT with as many groups of blocks as elsewhere layers, and two layers that pass through each."""
+    sizes = {"num_hidden_layers": 2 * LAYERS, "num_hidden_groups": LAYERS, "embedding_size": 16}
+    return transformers.AlbertConfig(**{**_TEXT, **sizes, **options})
+
+
+def deberta_config(**options: Any) -> transformers.DebertaV2Config:
+    """DeBERTa as it is published: both kinds of position terms, with projections of their own."""
+    positions = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
+    config = {**_TEXT, **positions, "position_biased_input": False, "norm_rel_ebd": "layer_norm", "pad_token_id": 0}
+    return transformers.DebertaV2Config(**{**config, **options})
+
+
 class TwoHeads(nn.Module):
     """A plain module on nn.TransformerEncoder with two outputs."""
 
@@ -134,12 +147,8 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
             dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, vocab_size=VOCABULARY, max_position_embeddings=40
         )
     ),
-    "albert": lambda: transformers.AlbertModel(
-        # Two layers pass through each group of blocks.
-        transformers.AlbertConfig(
-            **{**_TEXT, "num_hidden_layers": 2 * LAYERS}, num_hidden_groups=LAYERS, embedding_size=16
-        )
-    ),
+    "albert": lambda: transformers.AlbertModel(albert_config()),
+    "deberta-v2": lambda: transformers.DebertaV2Model(deberta_config()),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_ENCODER, image_size=8, patch_size=4)),
     "gpt2": _gpt2,
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
@@ -154,7 +163,20 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 }
 FACTORIES = {"torch": "conftest:two_heads", "wrapped": "conftest:wrapped_bert"}
 """Plain modules, by the factory that a checkpoint names."""
-MULTI_HEAD = {"bert", "roberta", "distilbert", "albert", "vit", "gpt2", "bart", "whisper", "t5", "torch", "wrapped"}
+MULTI_HEAD = {
+    "bert",
+    "roberta",
+    "distilbert",
+    "albert",
+    "deberta-v2",
+    "vit",
+    "gpt2",
+    "bart",
+    "whisper",
+    "t5",
+    "torch",
+    "wrapped",
+}
 """Families here whose query heads have a kv head each."""
 SEQ2SEQ = {"bart", "whisper", "t5"}
 """Families with an encoder and a decoder."""

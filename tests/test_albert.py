@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import HEADS, VOCABULARY, WIDTH, largest_difference, make_inputs, make_model
+from conftest import WIDTH, albert_config, largest_difference, make_inputs, make_model
 from rich.console import Console
 from test_passes import samples
 from test_stats import single_rows
@@ -27,16 +27,7 @@ RUNS = 2
     ("layers", "groups", "inner", "runs"), [(12, 1, 1, [12]), (5, 2, 1, [3, 2]), (4, 2, 2, [2, 2, 2, 2])]
 )
 def test_a_shared_layer_is_one_layer_that_runs_often(layers: int, groups: int, inner: int, runs: list[int]) -> None:
-    config = transformers.AlbertConfig(
-        hidden_size=WIDTH,
-        embedding_size=8,
-        num_attention_heads=HEADS,
-        intermediate_size=48,
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        num_hidden_groups=groups,
-        inner_group_num=inner,
-    )
+    config = albert_config(num_hidden_layers=layers, num_hidden_groups=groups, inner_group_num=inner)
     view = ModelView.of(transformers.AlbertModel(config).eval())
     assert [layer.runs for layer in view.attention] == runs
     seen = [0] * len(runs)

@@ -1,4 +1,4 @@
-"""Clustered heads: exact where heads attend alike, really gone from the weights, and right in both forms of the graph."""
+"""Clustered heads: exact where heads attend alike, gone from the weights, and right in both forms of the graph."""
 
 from __future__ import annotations
 

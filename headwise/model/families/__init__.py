@@ -13,14 +13,14 @@ from headwise.model.families.decoders import GPT2, LLAMA, QWEN3
 from headwise.model.families.plain import PLAIN, plain_family
 from headwise.model.families.record import Count, Family, FeedForward, HandedOn
 from headwise.model.families.seq2seq import BART, T5, WHISPER
-from headwise.model.families.text import ALBERT, BERT, DISTILBERT, ROBERTA
+from headwise.model.families.text import ALBERT, BERT, DEBERTA_V2, DISTILBERT, ROBERTA
 from headwise.model.families.vision import VIT
 
 __all__ = ["FAMILIES", "PLAIN", "Count", "Family", "FeedForward", "HandedOn", "family_of", "plain_family"]
 
 FAMILIES: Mapping[str, Family] = {
     model_type: family
-    for family in (BERT, ROBERTA, DISTILBERT, ALBERT, VIT, GPT2, LLAMA, QWEN3, BART, WHISPER, T5)
+    for family in (BERT, ROBERTA, DISTILBERT, ALBERT, DEBERTA_V2, VIT, GPT2, LLAMA, QWEN3, BART, WHISPER, T5)
     for model_type in family.model_types
 }
 

@@ -76,3 +76,31 @@ ALBERT = Family(
         "num_key_value_groups": group_size,
     },
 )
+
+DEBERTA_V2 = Family(
+    name="deberta-v2",
+    model_types=("deberta-v2",),
+    blocks="encoder.layer.*",
+    attention="attention",
+    query="self.query_proj",
+    key="self.key_proj",
+    value="self.value_proj",
+    output="output.dense",
+    head_dim="self.attention_head_size",
+    caller="self",
+    # Queries and keys of positions, where they do not share the projections of queries and keys of tokens.
+    per_head={
+        f"self.{projection}.{parameter}": 0
+        for projection in ("pos_query_proj", "pos_key_proj")
+        for parameter in ("weight", "bias")
+    },
+    mlp=FeedForward(
+        up="intermediate.dense", down="output.dense", residual="intermediate.dense", size="intermediate_size"
+    ),
+    bookkeeping={"self.num_attention_heads": query_heads, "self.all_head_size": query_width},
+    refuses={
+        "share-kv": "its scores have terms between keys and the positions of the very same head, and its class gives "
+        "keys as many heads as queries",
+        "cluster-heads": "its class computes scores itself, with terms of positions for every head",
+    },
+)
