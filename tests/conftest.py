@@ -14,6 +14,8 @@ import transformers
 from timm_like import timm_vit
 from torch import nn
 
+from headwise.model.families import FAMILIES
+
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
@@ -43,6 +45,54 @@ _CLIP_TEXT = {**_TEXT, "bos_token_id": 1, "eos_token_id": 2, "projection_dim": 1
 _CLIP_VISION = {**_VISION, "projection_dim": 16}
 SIZES: tuple[dict[str, Any], ...] = (_ENCODER, _TEXT, _DECODER, _VISION, _GEMMA, _CLIP_TEXT, _CLIP_VISION)
 """What the configs below are made of."""
+_SEQ2SEQ = {
+    "d_model": WIDTH,
+    # Three attention layers: of the encoder, of the decoder, and of the decoder to the encoder.
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+
+def bart_config(**options: Any) -> transformers.BartConfig:
+    """BART with three attention layers unless ``options`` say otherwise."""
+    return transformers.BartConfig(
+        **{**_SEQ2SEQ, "max_position_embeddings": 40, "forced_eos_token_id": None, **options}
+    )
+
+
+def whisper_config(**options: Any) -> transformers.WhisperConfig:
+    """Whisper with three attention layers and spectrograms of 14 frames unless ``options`` say otherwise."""
+    sizes = {"max_source_positions": 7, "max_target_positions": 20, "num_mel_bins": 8}
+    return transformers.WhisperConfig(**{**_SEQ2SEQ, **sizes, **options})
+
+
+def t5_config(**options: Any) -> transformers.T5Config:
+    """T5 with three attention layers, and heads that are narrower than width / heads, unless ``options`` say else."""
+    sizes = {"d_model": WIDTH, "d_kv": 6, "d_ff": 48, "num_layers": 1, "num_heads": HEADS, "vocab_size": VOCABULARY}
+    positions = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10}
+    return transformers.T5Config(**{**sizes, **positions, "eos_token_id": 2, "decoder_start_token_id": 0, **options})
+
+
+def albert_config(**options: Any) -> transformers.AlbertConfig:
+    """ALBERT with as many groups of blocks as elsewhere layers, and two layers that pass through each."""
+    sizes = {"num_hidden_layers": 2 * LAYERS, "num_hidden_groups": LAYERS, "embedding_size": 16}
+    return transformers.AlbertConfig(**{**_TEXT, **sizes, **options})
+
+
+def deberta_config(**options: Any) -> transformers.DebertaV2Config:
+    """DeBERTa as it is published: both kinds of position terms, with projections of their own."""
+    positions = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
+    config = {**_TEXT, **positions, "position_biased_input": False, "norm_rel_ebd": "layer_norm", "pad_token_id": 0}
+    return transformers.DebertaV2Config(**{**config, **options})
 
 
 class TwoHeads(nn.Module):
@@ -127,6 +177,8 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
             dim=WIDTH, n_layers=LAYERS, n_heads=HEADS, hidden_dim=48, vocab_size=VOCABULARY, max_position_embeddings=40
         )
     ),
+    "albert": lambda: transformers.AlbertModel(albert_config()),
+    "deberta-v2": lambda: transformers.DebertaV2Model(deberta_config()),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**_ENCODER, image_size=8, patch_size=4)),
     "gpt2": _gpt2,
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, tie_word_embeddings=True)),
@@ -147,6 +199,9 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0)),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_GEMMA)),
     "timm": timm_vit,
+    "bart": lambda: transformers.BartModel(bart_config()),
+    "whisper": lambda: transformers.WhisperModel(whisper_config()),
+    "t5": lambda: transformers.T5Model(t5_config()),
     "torch": two_heads,
     "wrapped": wrapped_bert,
 }
@@ -159,16 +214,30 @@ GROUPED = {"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3"}
 MULTI_HEAD = MODELS.keys() - GROUPED
 DECODERS = GROUPED | {"gpt2", "opt", "gpt-neox"}
 """Families that predict the next token."""
-STOCK = GROUPED | {"vit", "deit", "dinov2"}
+SEQ2SEQ = {"bart", "whisper", "t5"}
+"""Families with an encoder and a decoder."""
+STOCK = GROUPED | {"vit", "deit", "dinov2", "t5"}
 """Families whose own config can express fewer heads of the same width."""
 NORMALISED = {"qwen3", "gemma3"}
 """Families that normalise queries and keys."""
 
 
+def allowed(pass_: str) -> list[str]:
+    """Families here whose record does not refuse a pass."""
+    described = {name: FAMILIES[name].kinds for name in MODELS if name in FAMILIES}
+    return [name for name in MODELS if not any(pass_ in kind.refuses for kind in described.get(name, ()))]
+
+
 def make_model(name: str, seed: int = 0) -> nn.Module:
     """A tiny model in eval mode with weights large enough for heads to matter."""
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    return randomize(MODELS[name](), seed=None)
+
+
+def randomize(model: nn.Module, seed: int | None = 0) -> nn.Module:
+    """Eval mode, and weights large enough for heads to matter; without a seed they go on from the last draw."""
+    if seed is not None:
+        torch.manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 or key.endswith("bias"):
@@ -195,7 +264,15 @@ def make_inputs(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     if name == "torch":
         return {"tokens": torch.randn(2, 5, WIDTH, generator=generator)}
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-    return {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "attention_mask": mask}
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 7), generator=generator), "attention_mask": mask}
+    if name in SEQ2SEQ:
+        # As many decoder tokens as encoder tokens, so that only the right mask gives the right padding.
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 7), generator=generator)
+        inputs["decoder_attention_mask"] = torch.tensor([[1] * 7, [1] * 6 + [0]])
+    if name == "whisper":
+        del inputs["input_ids"], inputs["attention_mask"]
+        inputs["input_features"] = torch.randn(2, 8, 14, generator=generator)
+    return inputs
 
 
 def largest_difference(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:

@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FACTORIES, HEADS, LAYERS, MODELS, MULTI_HEAD, largest_difference, make_inputs, make_model
+from conftest import (
+    FACTORIES,
+    HEADS,
+    LAYERS,
+    MULTI_HEAD,
+    allowed,
+    largest_difference,
+    make_inputs,
+    make_model,
+)
 from pydantic import ValidationError
 from runs import PLAIN, plain_files, write_recipe
 from runs import run as run_recipe
@@ -31,6 +40,12 @@ from headwise.tolerances import TWIN
 
 CLUSTERS = ((2, 0), (1, 3))
 """Of the four heads: the second cluster's representative comes first in storage, the first one's does not."""
+
+
+@pytest.fixture(params=allowed("cluster-heads"))
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of every family that takes this pass, in turn."""
+    return str(request.param)
 
 
 def cluster(view: ModelView, family: str, **options: object) -> PassRecord:
@@ -59,6 +74,8 @@ def copy_scores(view: ModelView, source: int, copy: int) -> None:
         for bias, heads in ((old.query_bias, (copy, source)), (old.key_bias, (copy // group, source // group))):
             if bias is not None:
                 bias[heads[0]] = bias[heads[1]]
+        for parts in old.further.values():
+            parts[copy] = parts[source]
         write(layer, old, layer.layout)
 
 
@@ -182,7 +199,7 @@ def test_a_row_without_any_key_is_a_number() -> None:
             assert torch.isfinite(attend(module, q, q, v, torch.zeros(1, 1, 3, 3, dtype=torch.bool))[0]).all()
 
 
-@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys()))
+@pytest.mark.parametrize("family", sorted(set(allowed("cluster-heads")) - FACTORIES.keys()))
 def test_a_clustered_checkpoint_comes_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     view, inputs = clustered(family), make_inputs(family)
     checkpoint = Checkpoint(module=view.module, source="test", kind="transformers", digest="")

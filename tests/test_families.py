@@ -14,7 +14,16 @@ import pytest
 import timm_like
 import torch
 import transformers
-from conftest import DECODERS, FACTORIES, GROUPED, MODELS, NORMALISED, largest_difference, make_inputs, make_model
+from conftest import (
+    DECODERS,
+    FACTORIES,
+    GROUPED,
+    NORMALISED,
+    allowed,
+    largest_difference,
+    make_inputs,
+    make_model,
+)
 from test_passes import samples
 from test_share_kv import share
 from torch import nn
@@ -56,6 +65,7 @@ def checkpoint(family: str, module: nn.Module) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------- shared kv heads
 
 
+@pytest.mark.parametrize("family", allowed("share-kv"))
 def test_shared_heads_are_saved_bit_for_bit(family: str, tmp_path: Path) -> None:
     view, inputs = shared(family), make_inputs(family)
     with torch.no_grad():
@@ -67,7 +77,9 @@ def test_shared_heads_are_saved_bit_for_bit(family: str, tmp_path: Path) -> None
     assert loaded.view().layout == view.layout
 
 
-@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys() - {"gemma2"}))  # capped scores: always eager
+@pytest.mark.parametrize(
+    "family", sorted(set(allowed("share-kv")) - FACTORIES.keys() - {"gemma2"})
+)  # capped scores: always eager
 def test_eager_attention_takes_shared_heads_except_where_the_limits_say_so(family: str) -> None:
     view, inputs = shared(family), make_inputs(family)
     with torch.no_grad():
@@ -117,9 +129,9 @@ def test_a_layer_has_counts_of_its_own_and_shares_the_rest_of_the_config() -> No
 def test_a_key_bias_under_capped_scores_is_not_dropped() -> None:
     view = ModelView.of(make_model("bert"))
     layer, moment = view.attention[0], torch.eye(conftest.WIDTH + 1, dtype=torch.float64)
-    assert KVWeights.of(layer, moment, fold=True, weighted=True).fold_key
+    assert KVWeights.of(layer, moment, moment, fold=True, weighted=True).fold_key
     layer.family = replace(layer.family, soft_cap="cap")
-    assert not KVWeights.of(layer, moment, fold=True, weighted=True).fold_key
+    assert not KVWeights.of(layer, moment, moment, fold=True, weighted=True).fold_key
 
 
 # ------------------------------------------------------------------------------------------- saving for stock classes

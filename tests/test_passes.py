@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, make_inputs, make_model
+from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, allowed, make_inputs, make_model
 from pydantic import ValidationError
 from test_stats import classifier_examples, language_examples
 
 from headwise.calibration.tasks import Examples, Task, make_task
 from headwise.calibration.tasks.fidelity import FidelityOptions
-from headwise.errors import PlanError, SurgeryError
+from headwise.errors import DataError, PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.passes.base import Pass, make_plan, run_pass
 from headwise.passes.prune_heads import PruneHeads
+from headwise.pipeline.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
 OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}, "cluster-heads": {"ratio": 0.5}}
@@ -39,8 +41,31 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     return task, Examples.of(rows, source="made up", padding={"input_ids": 0, "attention_mask": 0})
 
 
-@pytest.mark.parametrize("name", sorted(PASSES))
-@pytest.mark.parametrize("family", sorted(MODELS))
+REFUSALS = [(name, family) for name in sorted(PASSES) for family in sorted(MODELS.keys() - set(allowed(name)))]
+
+
+@pytest.mark.parametrize(("name", "family"), REFUSALS)
+def test_a_refusal_says_why_and_has_a_reason(
+    name: str, family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = make_model(family)
+    view, teacher = ModelView.of(module), ModelView.of(make_model(family))
+    task, examples = samples(view, family)
+    pass_: Pass = PASSES[name].model_validate(OPTIONS[name])
+    with pytest.raises(PlanError, match=f"{name} cannot be applied to layer 0 .*\n.*because ") as refused:
+        make_plan(pass_, view, task, examples)
+    reason = str(refused.value).partition("because ")[2].splitlines()[0]
+    module.save_pretrained(tmp_path)
+    assert f"{name}: refused, because {reason}" in inspect_checkpoint(str(tmp_path), sequence=4)["limits"]
+    monkeypatch.setattr("headwise.passes.base._refuse", lambda *_: None)
+    with pytest.raises((RuntimeError, KeyError, SurgeryError, DataError)):
+        run_pass(pass_, view, teacher, task, examples)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for name in sorted(PASSES) for family in sorted(allowed(name))],
+)
 def test_contract(name: str, family: str) -> None:
     view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
     task, examples = samples(view, family)

@@ -9,12 +9,14 @@ Shape letters: D model width, N query heads, H head_dim; F = N * H features, plu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from headwise.calibration.stats import did_not_run
 from headwise.calibration.tasks import Examples
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
@@ -72,8 +74,7 @@ def fit_output(
     Raises:
         DataError: fewer calibration tokens than features.
     """
-    ours, theirs = student.attention[layer], teacher.attention[layer]
-    old = ours.read()
+    old = student.attention[layer].read()
     weight = old.output.flatten(1).T.double()
     if old.output_bias is not None:
         weight = torch.cat([weight, old.output_bias.double()[None]])
@@ -82,21 +83,18 @@ def fit_output(
     cross = torch.zeros(features, width, dtype=torch.float64)
     energy, tokens = 0.0, 0
     for batch in examples.batches(batch_size):
-        inputs = to_torch(batch.inputs)
-        heads, _, residual = _observe(student, ours, inputs)
-        _, target, original = _observe(teacher, theirs, inputs)
-        if ours.residual and ours.direct and residual.shape == target.shape:
-            target = target + original - residual
-        valid = None if ours.family.patches else batch.valid()
-        keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
-        o = _tokens(heads.flatten(2), keep)
-        if old.output_bias is not None:
-            o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
-        y = _tokens(target, keep)
-        gram += o.T @ o
-        cross += o.T @ y
-        energy += float(y.square().sum())
-        tokens += len(o)
+        family = student.attention[layer].family
+        valid = None if family.patches else batch.valid(decoder=family.decoder)
+        for heads, target in _runs(student, teacher, layer, to_torch(batch.inputs)):
+            keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
+            o = _tokens(heads.flatten(2), keep)
+            if old.output_bias is not None:
+                o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
+            y = _tokens(target, keep)
+            gram += o.T @ o
+            cross += o.T @ y
+            energy += float(y.square().sum())
+            tokens += len(o)
         if progress is not None:
             progress(len(batch.samples))
     if tokens < features:
@@ -136,6 +134,41 @@ def _error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch
     return max(float(squared), 0.0) / max(energy, 1e-300)
 
 
+def _runs(
+    student: ModelView, teacher: ModelView, layer: int, inputs: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The student's head outputs and what the output projection shall make of them, once per run of the layer."""
+    ours, theirs = student.attention[layer], teacher.attention[layer]
+    if ours.runs > 1:
+        yield from _taught(ours, teacher, theirs, inputs)
+        return
+    heads, _, residual = _observe(student, ours, inputs)
+    _, target, original = _observe(teacher, theirs, inputs)
+    if ours.residual and ours.direct and residual.shape == target.shape:
+        target = target + original - residual
+    yield heads, target
+
+
+def _taught(
+    ours: AttentionView, teacher: ModelView, theirs: AttentionView, inputs: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same for a layer that runs several times, on the inputs that it has in the teacher.
+
+    In the student, later runs read what earlier ones wrote with the very projection that is being solved for. On the
+    teacher's inputs nothing depends on it, so that the solution is exact for all runs together.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[torch.Tensor] = []
+    heads: list[torch.Tensor] = []
+    with torch.inference_mode():
+        with theirs.watch_calls(lambda args, kwargs: calls.append((args, kwargs))), theirs.watch_output(outputs.append):
+            run(teacher.module, inputs)
+        with ours.watch_heads(heads.append):
+            for args, kwargs in calls:
+                ours.module(*args, **kwargs)
+    yield from zip(heads, outputs, strict=True)
+
+
 def _observe(
     model: ModelView, layer: AttentionView, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -154,11 +187,7 @@ def _observe(
             run(model.module, inputs)
         except _Stop:
             return seen["heads"], seen["output"], seen["residual"]
-    raise DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="an attention layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
+    raise did_not_run(layer)
 
 
 def _tokens(tensor: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:

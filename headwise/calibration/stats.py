@@ -34,6 +34,9 @@ class Stat(StrEnum):
     INPUT_MOMENT = "input-moment"
     """Per layer (D + 1, D + 1): mean over tokens of ``x x^T``, x = the input of keys and values with a 1 behind it."""
 
+    QUERY_MOMENT = "query-moment"
+    """The same for the input of queries, which is another sequence where a decoder attends to an encoder."""
+
     MAP_SIMILARITY = "map-similarity"
     """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
 
@@ -50,6 +53,7 @@ class Stat(StrEnum):
 
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
 WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
+MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,7 @@ class _Sums:
         self.contribution = [torch.zeros(len(v.layout.query), dtype=torch.float64) for v in view.attention]
         self.mean = [torch.zeros(len(v.layout.query), v.layout.head_dim, dtype=torch.float64) for v in view.attention]
         self.moments: dict[int, torch.Tensor] = {}
+        self.query_moments: dict[int, torch.Tensor] = {}
         self.gradients: list[torch.Tensor] = []
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
@@ -124,19 +129,22 @@ class _Sums:
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
         inputs = to_torch(batch.inputs)
-        valid = batch.valid()
-        mask = None if valid is None else torch.as_tensor(valid)
         with_gradient = bool(self.needs & GRADIENTS)
         rows = len(batch.samples) * batch.per_sample
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
             for layer in self.view.attention:
-                tokens = None if layer.family.patches else mask
-                stack.enter_context(self._watched(layer, tokens))
-                if Stat.INPUT_MOMENT in self.needs:
-                    stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, tokens)))
+                family = layer.family
+                mask = None if family.patches else _mask(batch, decoder=family.decoder)
+                stack.enter_context(self._watched(layer, mask))
+                if self.needs & MOMENTS:
+                    keys = None if family.patches else _mask(batch, decoder=family.decoder and not family.cross)
+                    stack.enter_context(layer.watch_input(partial(_add_moment, self.moments, layer.index, keys)))
+                if Stat.QUERY_MOMENT in self.needs and family.cross:
+                    add = partial(_add_moment, self.query_moments, layer.index, mask)
+                    stack.enter_context(layer.watch_query_input(add))
                 if self.needs & WEIGHTS:
-                    stack.enter_context(self.maps[layer.index].watched(layer, tokens))
+                    stack.enter_context(self.maps[layer.index].watched(layer, mask))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -163,11 +171,6 @@ class _Sums:
         with layer.watch_heads(see):
             yield
 
-    def _add_moment(self, index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-        tokens = _valid(inputs.detach(), mask).double()
-        tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
-        self.moments[index] = self.moments.get(index, 0) + tokens.T @ tokens
-
     def _gate_gradient(self, value: torch.Tensor, gates: list[torch.Tensor]) -> torch.Tensor:
         """d value / d gates as (rows, M). Rows do not mix in the model, so each row's gradient is its own."""
         gradients = torch.autograd.grad(value, gates, retain_graph=True)
@@ -180,14 +183,21 @@ class _Sums:
             self.gauss_newton += gradient.T @ gradient / self.draws
 
     def result(self, samples: int, digest: str) -> HeadStats:
+        for layer in self.view.attention:
+            if not self.tokens[layer.index]:
+                raise did_not_run(layer)
         every: dict[Stat, tuple[torch.Tensor, ...]] = {}
         if Stat.CONTRIBUTION in self.needs:
             every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
         if Stat.HEAD_MEAN in self.needs:
             every[Stat.HEAD_MEAN] = tuple(s / n for s, n in zip(self.mean, self.tokens, strict=True))
-        if Stat.INPUT_MOMENT in self.needs:
-            # The last entry counts the tokens.
-            every[Stat.INPUT_MOMENT] = tuple(m / m[-1, -1] for _, m in sorted(self.moments.items()))
+        for stat, moments in (
+            (Stat.INPUT_MOMENT, self.moments),
+            (Stat.QUERY_MOMENT, self.moments | self.query_moments),
+        ):
+            if stat in self.needs:
+                # The last entry counts the tokens.
+                every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))
         if Stat.MAP_SIMILARITY in self.needs:
             every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
         if Stat.EXCHANGE_COST in self.needs:
@@ -198,14 +208,34 @@ class _Sums:
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         for stat, tensors in every.items():
-            for layer, tensor in enumerate(tensors):
+            for index, tensor in enumerate(tensors):
                 if not torch.isfinite(tensor).all():
                     raise DataError(
-                        f"the statistic {stat} of layer {layer} is not finite",
+                        f"the statistic {stat} of layer {index} is not finite",
                         expected="finite head outputs on every calibration sample",
                         fix="look for broken samples in the calibration data, or for a model that overflows",
                     )
         return HeadStats(values=every, samples=samples, digest=digest)
+
+
+def did_not_run(layer: AttentionView) -> DataError:
+    """The error for a layer that no sample reached."""
+    return DataError(
+        f"layer {layer.index} ({layer.path}) did not run",
+        expected="an attention layer that every sample passes through",
+        fix="exclude the layer, or feed the inputs that reach it",
+    )
+
+
+def _mask(batch: Batch, *, decoder: bool) -> torch.Tensor | None:
+    valid = batch.valid(decoder=decoder)
+    return None if valid is None else torch.as_tensor(valid)
+
+
+def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
+    tokens = _valid(inputs.detach(), mask).double()
+    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+    moments[index] = moments.get(index, 0) + tokens.T @ tokens
 
 
 def _valid(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ def limits(view: ModelView) -> tuple[str, ...]:
     """One sentence per limit, with the layers that it holds for where that is not all of them."""
     layers: dict[str, list[int]] = {}
     for layer in view.attention:
-        for text in (*_sharing(layer), *_attention(layer)):
+        for text in (*_refused(layer), *_sharing(layer), *_attention(layer)):
             layers.setdefault(text, []).append(layer.index)
     found = [
         text if len(where) == len(view.attention) else f"{text} (layers {', '.join(map(str, where))})"
@@ -28,6 +28,12 @@ def limits(view: ModelView) -> tuple[str, ...]:
             "with fewer heads it loads through headwise only"
         )
     return tuple(found)
+
+
+def _refused(layer: AttentionView) -> Iterator[str]:
+    """Passes that would not be right here."""
+    for name, reason in layer.family.refuses.items():
+        yield f"{name}: refused, because {reason}"
 
 
 def _sharing(layer: AttentionView) -> Iterator[str]:

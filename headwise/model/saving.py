@@ -16,6 +16,7 @@ from torch import nn
 from headwise.artifacts import storage_error, write_atomic
 from headwise.model.checkpoint import SIDECAR, WEIGHTS, Checkpoint
 from headwise.model.families import FAMILIES, Count
+from headwise.model.handed import handed_alike
 from headwise.model.layout import uniform
 from headwise.model.sources import constructor_arguments, fresh, quietly
 from headwise.model.view import ModelView
@@ -60,7 +61,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     unchanged = not clustered and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
     config = module.config
     entries = {name: count(next(iter(layout.attention))) for name, count in counted.items()}
-    stock = unchanged or (uniform(layout.attention) and _accepts(config, entries))
+    stock = unchanged or (uniform(layout.attention) and _accepts(config, entries) and handed_alike(view))
     saved = copy.deepcopy(config)
     if stock and not unchanged:
         for name, count in entries.items():
@@ -69,13 +70,22 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
         # The layers keep the config that they share with the model.
         module.config = saved
         # The original format renames weights in a way that only the stock loader undoes.
+        tensors = _stock_tensors(module) if stock else module.state_dict()
         with quietly():
-            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+            module.save_pretrained(  # type: ignore[operator]
+                str(folder), state_dict=tensors, save_original_format=stock
+            )
     finally:
         module.config = config
     if checkpoint.folder is not None:
         _copy_companions(checkpoint.folder, folder)
     return stock
+
+
+def _stock_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that the stock class has; layers that compute their own have more, which are copies then."""
+    names = fresh(module).state_dict().keys()
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def _accepts(config: Any, entries: Mapping[str, Any]) -> bool:

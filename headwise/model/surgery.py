@@ -17,6 +17,7 @@ from headwise.model.access import assign, attribute
 from headwise.model.attend import bind, form
 from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
 from headwise.model.grouped import GroupedAttention, own_config
+from headwise.model.handed import compute_own
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
 
@@ -55,6 +56,7 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     """
     plan.check(model.layout)
     predicted = plan.predict(model.layout)
+    compute_own(model)
     for position, edit in enumerate(plan.edits):
         layer = model.attention[edit.layer]
         match edit:
@@ -83,6 +85,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     Dropped heads are gated to zero. Shared heads are written out for each of their readers, and so are the queries and
     keys of representatives.
     """
+    compute_own(model)
     with ExitStack() as stack:
         for layer in model.attention:
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
@@ -130,6 +133,7 @@ def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projectio
         key_bias=_pick(old.key_bias, keys),
         value_bias=_pick(old.value_bias, values),
         output_bias=old.output_bias,
+        further={path: parts[used] for path, parts in old.further.items()},
     )
     return spread, replace(layout, kv=tuple(range(len(used))))
 
@@ -167,6 +171,7 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
         key_bias=shared.key_bias,
         value_bias=shared.value_bias,
         output_bias=old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias),
+        further={path: parts[order] for path, parts in old.further.items()},
     )
     write(view, new, layout)
 
@@ -211,6 +216,7 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
         key_bias=_pick(old.key_bias, kvs),
         value_bias=_pick(old.value_bias, kvs),
         output_bias=old.output_bias,
+        further={path: parts[queries] for path, parts in old.further.items()},
     )
     write(view, new, layout)
 
@@ -235,6 +241,7 @@ def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | N
 
 def reshape(model: ModelView, layout: Layout) -> None:
     """Give every layer the shapes of ``layout``, with zeros in it, so that saved weights can be loaded."""
+    compute_own(model)
     for view, entry in zip(model.attention, layout.attention, strict=True):
         old = view.read()
         n, k, h = len(entry.query), len(entry.kv), entry.head_dim
@@ -248,6 +255,7 @@ def reshape(model: ModelView, layout: Layout) -> None:
             key_bias=None if old.key_bias is None else old.key_bias.new_zeros(j, h),
             value_bias=None if old.value_bias is None else old.value_bias.new_zeros(k, h),
             output_bias=old.output_bias,
+            further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
         write(view, zeros, entry)
 
@@ -266,6 +274,8 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
         for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
             _store(view, path, weight, bias)
     _store(view, family.output, new.output.flatten(1), new.output_bias)
+    for path, parts in new.further.items():
+        _put(view.module, path, parts.flatten(0, 1).movedim(0, family.per_head[path]))
     for path, count in family.bookkeeping.items():
         if path.startswith("config."):
             own_config(view.module, path.removeprefix("config."), count(layout))
@@ -292,18 +302,25 @@ def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Put a weight of shape (out, in) into the projection at ``path``, whatever its class calls its sizes."""
-    module: nn.Module = attribute(view.module, path)
-    out_features, in_features = weight.shape
-    stored = weight.T if view.family.transposed else weight
-    old = module.get_parameter("weight")
-    trained = old.requires_grad
-    module.register_parameter("weight", nn.Parameter(stored.to(old.dtype).contiguous().clone(), trained))
+    _put(view.module, f"{path}.weight", weight.T if view.family.transposed else weight)
     if bias is not None:
-        module.register_parameter("bias", nn.Parameter(bias.to(old.dtype).clone(), trained))
-    sizes = {"out_features": out_features, "in_features": in_features, "nf": out_features, "nx": in_features}
-    for name, size in sizes.items():
-        if hasattr(module, name):
-            setattr(module, name, size)
+        _put(view.module, f"{path}.bias", bias)
+
+
+def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter by one of another shape, in the type of the old one, and keep its module's sizes true."""
+    parent, _, name = path.rpartition(".")
+    module: nn.Module = attribute(root, parent)
+    # A module in the place of another one has a weight before it has a bias.
+    old = module.get_parameter(name) if getattr(module, name) is not None else module.get_parameter("weight")
+    module.register_parameter(name, nn.Parameter(tensor.to(old.dtype).contiguous().clone(), old.requires_grad))
+    if name == "weight":
+        rows, columns = tensor.shape
+        sizes = {"out_features": rows, "in_features": columns, "num_embeddings": rows, "embedding_dim": columns}
+        # Conv1D of transformers stores (in, out).
+        for size, value in {**sizes, "nf": columns, "nx": rows}.items():
+            if hasattr(module, size):
+                setattr(module, size, value)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ query heads have queries and J of the K kv heads have keys; elsewhere R is N and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.errors import PlanError
-from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.access import See, attribute, find, hooked, matrix, watched_input, watched_output
 from headwise.model.attend import See as SeeWeights
 from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
-from headwise.model.families import Family
-from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
+from headwise.model.finding import Found, backbones, find_by_path, find_by_type, find_mlp, no_attention
 from headwise.model.grouped import GroupedAttention
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
@@ -37,6 +36,7 @@ class Projections:
         output: (D, N, H).
         query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
         output_bias: (D,) or None.
+        further: path of a further parameter -> its parts, (N, ...) of any shape behind.
     """
 
     query: torch.Tensor
@@ -47,6 +47,7 @@ class Projections:
     key_bias: torch.Tensor | None
     value_bias: torch.Tensor | None
     output_bias: torch.Tensor | None
+    further: Mapping[str, torch.Tensor]
 
 
 class AttentionView:
@@ -57,15 +58,17 @@ class AttentionView:
         path: dotted name of the attention module from the root of the model.
         module: the attention module; ``block``: the transformer block around it.
         layout: the heads it has; surgery sets it together with the weights.
-        residual: whether the block's input is the residual stream that this layer adds to.
+        residual: whether ``watch_residual`` sees the residual stream that this layer adds to.
+        runs: how often one forward of the model passes through it; its hooks see every run.
     """
 
-    def __init__(self, index: int, path: str, module: nn.Module, block: nn.Module, family: Family) -> None:
+    def __init__(self, index: int, found: Found) -> None:
         self.index = index
-        self.path = path
-        self.module = module
-        self.block = block
-        self.family = family.regrouped() if isinstance(module, GroupedAttention) else family
+        self.path = found.path
+        self.module = found.module
+        self.block = found.block
+        self.family = found.family.regrouped() if isinstance(found.module, GroupedAttention) else found.family
+        self.runs = found.runs
         self.residual = True
         self.layout = bound(self.caller) or self._plain_layout()
 
@@ -136,6 +139,7 @@ class AttentionView:
             key_bias=kb,
             value_bias=vb,
             output_bias=output_bias,
+            further=dict(self._further()),
         )
 
     def _parts(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -147,6 +151,12 @@ class AttentionView:
             else fused.unflatten(0, (-1, H)).split([len(heads) for heads in (layout.scoring, layout.keyed, layout.kv)])
         )
         return parts
+
+    def _further(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, axis in self.family.per_head.items():
+            parameter = find(self.module, path)
+            if isinstance(parameter, nn.Parameter):
+                yield path, parameter.detach().movedim(axis, 0).unflatten(0, (len(self.layout.query), -1))
 
     @contextmanager
     def gate(self, scale: torch.Tensor) -> Iterator[None]:
@@ -172,17 +182,27 @@ class AttentionView:
         """Call ``see`` with attention weights, (B, N, T, S), and the values they weigh, (B, N, S, H)."""
         return watch(self.caller, see)
 
+    @contextmanager
+    def watch_calls(self, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+        """Call ``see`` with the arguments of every call of the attention module."""
+        with hooked(self.module.register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)):
+            yield
+
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
         return watched_input(attribute(self.module, self.family.key), see)
+
+    def watch_query_input(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with what queries are projected from, (B, T, D), on every forward."""
+        return watched_input(attribute(self.module, self.family.query), see)
 
     def watch_output(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the output of the output projection, (B, T, D), bias included."""
         return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with the block's input, (B, T, D): the residual stream that the layer's output is added to."""
-        return watched_input(self.block, see)
+        """Call ``see`` with the residual stream that the layer's output is added to, (B, T, D); see ``residual``."""
+        return watched_input(attribute(self.block, self.family.residual), see)
 
 
 class ModelView:
@@ -216,14 +236,14 @@ class ModelView:
             found += find_by_type(module)
         if not found:
             raise no_attention(module)
-        views = tuple(AttentionView(index, *entry) for index, entry in enumerate(found))
+        views = tuple(AttentionView(index, entry) for index, entry in enumerate(found))
         names = {id(child): name for name, child in module.named_modules()}
         mlps: list[MlpView] = []
         seen: set[int] = set()
         for view in views:
-            view.residual = id(view.block) not in seen
+            view.residual = bool(view.family.residual) or id(view.block) not in seen
             record = find_mlp(view.block, view.family)
-            if view.residual and record is not None:
+            if record is not None and id(view.block) not in seen:
                 mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, view.family, record))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))

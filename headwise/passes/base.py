@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat, collect
-from headwise.calibration.tasks import Examples, Task, valid_tokens
-from headwise.errors import SurgeryError
+from headwise.calibration.tasks import Examples, Task
+from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
-from headwise.model.forward import run, to_torch
+from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.model.layout import Layout
 from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
@@ -122,6 +123,7 @@ def make_plan(
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
+    _refuse(pass_, view)
     recovery = pass_.recovery()
     needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
     report = None if progress is None else partial(progress, "statistics")
@@ -129,6 +131,17 @@ def make_plan(
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
+
+
+def _refuse(pass_: Pass, view: ModelView) -> None:
+    """Raise PlanError, before anything is measured, where a pass cannot be right on a layer's class."""
+    for layer in view.attention:
+        if pass_.name in layer.family.refuses:
+            raise PlanError(
+                f"{pass_.name} cannot be applied to layer {layer.index} ({layer.family.name})",
+                expected=f"another pass, because {layer.family.refuses[pass_.name]}",
+                fix="leave the pass out; `headwise inspect` lists what a model cannot have done to it",
+            )
 
 
 def run_pass(
@@ -162,14 +175,14 @@ def run_pass(
     before = view.layout
     plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
     batch = examples.example_batch()
-    inputs, valid = to_torch(batch), valid_tokens(batch)
+    inputs = to_torch(batch)
     payloads = pass_.payloads(view, stats, plan)
     with surgery.twin(view, plan, payloads), torch.inference_mode():
         twin = run(view.module, inputs)
     folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
     bystanders = _versions(view)
     surgery.apply(view, plan, payloads)
-    twin_error = _require_exact(view, twin, inputs, None if valid is None else torch.as_tensor(valid))
+    twin_error = _require_exact(view, twin, batch)
     fits: list[Mapping[str, float]] = []
     recovery = pass_.recovery()
     if recovery is not None and plan.edits:
@@ -196,16 +209,15 @@ def run_pass(
     )
 
 
-def _require_exact(
-    view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], valid: torch.Tensor | None
-) -> float:
+def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], batch: Mapping[str, np.ndarray]) -> float:
     """The largest relative difference; tokens of padding, which may see no token at all, are left out."""
     with torch.inference_mode():
-        outputs = run(view.module, inputs)
+        outputs = run(view.module, to_torch(batch))
     errors: list[torch.Tensor] = []
     for name, every in twin.items():
-        per_token = valid is not None and every.dim() > 2 and every.shape[:2] == valid.shape
-        keep = valid if per_token else slice(None)
+        valid = real_tokens(batch, decoder=of_decoder(name))
+        per_token = valid is not None and every.dim() > 2 and tuple(every.shape[:2]) == valid.shape
+        keep = torch.as_tensor(valid) if per_token else slice(None)
         expected, actual = every[keep], outputs[name][keep]
         errors.append((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     # Not Python's maximum, which passes over what is not a number.

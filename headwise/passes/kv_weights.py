@@ -41,12 +41,15 @@ class KVWeights:
     fold_value: bool
 
     @classmethod
-    def of(cls, layer: AttentionView, moment: torch.Tensor, *, fold: bool, weighted: bool) -> KVWeights:
+    def of(
+        cls, layer: AttentionView, moment: torch.Tensor, query_moment: torch.Tensor, *, fold: bool, weighted: bool
+    ) -> KVWeights:
         """Prepare a layer.
 
         Args:
             layer: the layer.
-            moment: (D + 1, D + 1) second moment of its input with a 1 behind it.
+            moment: (D + 1, D + 1) second moment of the input of keys and values with a 1 behind it.
+            query_moment: the same for the input of queries.
             fold: fold biases where that is exact.
             weighted: weight errors by queries and output projection; otherwise all directions count the same.
         """
@@ -55,7 +58,7 @@ class KVWeights:
         fold_value = fold and old.output_bias is not None
         key, key_moment = _prepared(old.key, old.key_bias, moment, fold_key)
         value, value_moment = _prepared(old.value, old.value_bias, moment, fold_value)
-        key_weights, value_weights = _error_weights(old, moment)
+        key_weights, value_weights = _error_weights(old, query_moment)
         if not weighted:
             identity = torch.eye(key.shape[1], dtype=torch.float64)
             key_weights = value_weights = identity.repeat(len(key), 1, 1)

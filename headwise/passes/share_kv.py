@@ -65,7 +65,7 @@ class ShareKVHeads(Pass):
         return self
 
     def needs(self) -> frozenset[Stat]:
-        return frozenset({Stat.INPUT_MOMENT})
+        return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
@@ -132,7 +132,8 @@ class ShareKVHeads(Pass):
             )
 
     def _weights(self, layer: AttentionView, stats: HeadStats) -> KVWeights:
-        return KVWeights.of(layer, stats[Stat.INPUT_MOMENT][layer.index], fold=self.fold_bias, weighted=self.weighted)
+        keys, queries = (stats[stat][layer.index] for stat in (Stat.INPUT_MOMENT, Stat.QUERY_MOMENT))
+        return KVWeights.of(layer, keys, queries, fold=self.fold_bias, weighted=self.weighted)
 
     def _pair_costs(self, layer: AttentionView, stats: HeadStats) -> torch.Tensor:
         """(K, K) energy of keys and values that two heads lose when they become one."""

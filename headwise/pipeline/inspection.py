@@ -33,6 +33,7 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "query_heads": len(layer.layout.query),
             "kv_heads": len(layer.layout.kv),
             "head_dim": layer.layout.head_dim,
+            "runs": layer.runs,
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
             "represented": list(layer.layout.represented),
@@ -69,9 +70,12 @@ def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torc
     names = checkpoint.input_names()
     inputs: dict[str, torch.Tensor] = {}
     notes: list[str] = []
+    length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
+    ids = torch.ones(1, length, dtype=torch.long)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):  # some classifiers read the state of this token
+        ids[:, -1] = end
     if "input_ids" in names:
-        length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
-        ids = torch.ones(1, length, dtype=torch.long)
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         notes.append(f"one sequence of {length} tokens")
     if "pixel_values" in names and hasattr(images, "image_size"):
@@ -79,6 +83,13 @@ def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torc
         height, width = (size, size) if isinstance(size, int) else size
         inputs["pixel_values"] = torch.zeros(1, channels, height, width)
         notes.append(f"one {height} x {width} image")
+    if "input_features" in names and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions  # the second convolution takes every other frame
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames)
+        notes.append(f"one spectrogram of {frames} frames")
+    if "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = ids
+        notes.append(f"{length} tokens for the decoder")
     if not inputs:
         return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
     return inputs, " and ".join(notes)
@@ -90,7 +101,8 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     for layer in found["layers"]:
         neurons = "none" if layer["mlp"] is None else _neurons(found["mlps"][layer["mlp"]])
         counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"], neurons)
-        table.add_row(str(layer["layer"]), layer["path"], *map(str, counts))
+        runs = f" ({layer['runs']} runs)" if layer["runs"] > 1 else ""
+        table.add_row(str(layer["layer"]), layer["path"] + runs, *map(str, counts))
     macs = (
         "not counted" if found["macs"] is None else f"{found['macs']:,}, of these attention {found['attention_macs']:,}"
     )

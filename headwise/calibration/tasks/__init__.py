@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from headwise.calibration.tasks.base import ARGMAX, NLL, OutputMetric, Task, TaskOptions
-from headwise.calibration.tasks.examples import Batch, Examples, valid_tokens
+from headwise.calibration.tasks.examples import Batch, Examples
 from headwise.calibration.tasks.fidelity import FidelityOptions, FidelityTask
 from headwise.calibration.tasks.heads import (
     ClassificationOptions,
@@ -44,7 +44,6 @@ __all__ = [
     "TaskOptions",
     "TaskSpec",
     "make_task",
-    "valid_tokens",
 ]
 
 

@@ -18,6 +18,7 @@ from headwise.calibration.tasks.similarity import saved_pooling
 from headwise.calibration.tasks.tensors import as_tensor, class_logits, fisher_rao, normalised, pool, token_fisher_rao
 from headwise.errors import DataError
 from headwise.model.checkpoint import Checkpoint
+from headwise.model.forward import of_decoder
 
 _NOT_INPUTS = frozenset({"label", "score"})
 """Label columns of other tasks, so that their data sections work here unchanged."""
@@ -75,7 +76,7 @@ class FidelityTask:
             if self._is_classes(name):
                 kept[name + ARGMAX] = _winners(tensor, batch)
             if not (self._is_classes(name) and tensor.ndim == 3):
-                kept[name] = _vectors(tensor, batch).numpy()
+                kept[name] = _vectors(name, tensor, batch).numpy()
         return kept
 
     def signal(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -84,7 +85,7 @@ class FidelityTask:
         for name in self._names(outputs):
             tensor = outputs[name]
             if not self._is_classes(name):
-                parts.append(normalised(_vectors(tensor, batch)))
+                parts.append(normalised(_vectors(name, tensor, batch)))
             elif tensor.ndim == 3:
                 parts.append(token_fisher_rao(tensor, batch))
             else:
@@ -129,8 +130,10 @@ def _is_float(values: Any) -> bool:
     )
 
 
-def _vectors(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return pool(tensor, batch, batch.facts["pooling"]) if tensor.ndim == 3 else tensor.flatten(1)
+def _vectors(name: str, tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+    if tensor.ndim != 3:
+        return tensor.flatten(1)
+    return pool(tensor, batch, batch.facts["pooling"], decoder=of_decoder(name))
 
 
 def _winners(tensor: torch.Tensor, batch: Batch) -> Array:

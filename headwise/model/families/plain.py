@@ -21,6 +21,7 @@ PLAIN = Family(
     value="v_proj",
     output="out_proj",
     head_dim="head_dim",
+    cross=True,
     mlp=FeedForward(up="linear1", down="linear2"),
     bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
 )

@@ -10,6 +10,8 @@ from typing import Any
 from headwise.model.layout import AttentionLayout
 
 Count = Callable[[AttentionLayout], int | list[int]]
+Runs = Callable[[Any, tuple[int, ...]], int]
+"""Config and index of a block -> how often one forward passes through the block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,23 @@ class FeedForward:
     fused: bool = False
     residual: str = ""
     size: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOn:
+    """What the first layer of a stack computes for all of them, one entry per query head, as T5 its position bias.
+
+    Layers that differ in their heads each compute their own: see ``headwise.model.handed``.
+
+    Attributes:
+        argument: of the attention module's forward, by which later layers get it; with None they compute their own.
+        table: path from the attention module to the module that it is computed from; empty where the class makes it up.
+        flag: path to what says that the attention module has the table; empty where there is no table.
+    """
+
+    argument: str
+    table: str = ""
+    flag: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +85,19 @@ class Family:
             written to a config of the layer's own.
         ungrouped: the class only runs with as many keys and values as queries; other layers get a module of headwise
             in its place, which ``regrouped`` describes.
+        refuses: passes that cannot be right on this class -> the reason, as a clause behind "because".
+        positions: the entry of the config that says how many tokens the model can take.
         padding_positions: position embeddings start counting behind the padding id, as in RoBERTa.
+        also: further kinds of attention layers in the same models, in the order in which they run in a block: each a
+            record of its own, as with the attention of a decoder to its encoder.
+        decoder: the layer belongs to a decoder that runs behind an encoder.
+        cross: keys and values are, or may be, projected from another sequence than queries.
+        residual: path from a block to the module whose input is the residual stream that this layer's output is added
+            to; empty where that is the block itself, or where no module's input is.
+        runs: how often a block runs where layers share one; None where every block runs once.
+        per_head: paths from the attention module to further parameters with an equal part for every query head -> the
+            axis along which the heads lie; a module may lack them.
+        handed_on: what the first layer of a stack computes for the others; None where each layer computes all itself.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
         other_mlp: what blocks have instead of ``mlp`` under other options of the config.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
@@ -94,16 +125,30 @@ class Family:
     window: str = ""
     between: str = ""
     patches: bool = False
-    padding_positions: bool = False
     ungrouped: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    positions: str = "max_position_embeddings"
+    padding_positions: bool = False
+    also: tuple[Family, ...] = ()
+    decoder: bool = False
+    cross: bool = False
+    residual: str = ""
+    runs: Runs | None = None
+    per_head: Mapping[str, int] = field(default_factory=dict)
+    handed_on: HandedOn | None = None
     mlp: FeedForward | None = None
     other_mlp: tuple[FeedForward, ...] = ()
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
     config: Mapping[str, Count] = field(default_factory=dict)
 
+    @property
+    def kinds(self) -> tuple[Family, ...]:
+        """The record itself and those of further kinds of layers in the same models."""
+        return (self, *self.also)
+
     def longest_sequence(self, config: Any) -> int | None:
         """How many tokens a model with this config can take, or None where it sets no limit."""
-        longest = getattr(config, "max_position_embeddings", None)
+        longest = getattr(config, self.positions, None)
         if not isinstance(longest, int):
             return None
         return longest - config.pad_token_id - 1 if self.padding_positions else longest
