@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from headwise.errors import TargetError, did_you_mean
@@ -29,6 +29,16 @@ _AHEAD_OF_TIME = frozenset({75, 80, 86, 89, 120, 121})
 _REFUSED: Mapping[tuple[int, str], str] = {
     (75, "bf16"): "Turing has no bf16 arithmetic",
     (75, "fp32"): "TensorRT has no fp32 matrix multiplication for Turing",
+}
+# scheme -> the first compute capability that builds it, and why no earlier one does
+_FIRST: Mapping[str, tuple[int, str]] = {
+    "int8": (75, ""),
+    "int8-weights": (75, ""),
+    "fp8": (89, "fp8 begins with Ada"),
+    "fp8-weights": (89, "fp8 begins with Ada"),
+    "int4-weights": (80, "int4 weights begin with Ampere"),
+    "nvfp4-weights": (120, "fp4 begins with Blackwell"),
+    "mxfp8-weights": (89, "fp8 begins with Ada"),
 }
 
 
@@ -71,11 +81,16 @@ def resolve_target(name: str) -> Target:
     return Target(name=name, sm=sm, runtime=runtime or (RTX if sm in _AHEAD_OF_TIME else FULL))
 
 
-def check_target(target: Target, precision: str) -> None:
+def check_target(target: Target, precision: str, schemes: Collection[str] = ()) -> None:
     """Refuse what the target cannot do.
 
+    Args:
+        target: the device.
+        precision: of everything that is not quantized.
+        schemes: of the quantized matrices, see ``model.quantization.scheme``.
+
     Raises:
-        TargetError: the precision or the runtime does not exist there, with the reason.
+        TargetError: the precision, a scheme or the runtime does not exist there, with the reason.
     """
     if target.runtime == RTX and target.sm not in _AHEAD_OF_TIME:
         raise TargetError(
@@ -90,3 +105,11 @@ def check_target(target: Target, precision: str) -> None:
             expected="a precision that the target has: fp16",
             fix="set export.precision to fp16, or leave this target out",
         )
+    for scheme in sorted(schemes):
+        first, why = _FIRST[scheme]
+        if target.sm < first:
+            raise TargetError(
+                f"target {target.name} (sm{target.sm}) cannot run {scheme}: {why}",
+                expected="one of: " + ", ".join(name for name, (sm, _) in _FIRST.items() if sm <= target.sm),
+                fix="change quantize.format and quantize.matrices, or leave this target out",
+            )

@@ -1,4 +1,4 @@
-"""The whole flow: checkpoint -> passes -> ONNX -> precision -> engines, with a gate after every stage."""
+"""The whole flow: checkpoint -> passes -> ONNX -> precision or quantization -> engines, each with a gate after it."""
 
 from __future__ import annotations
 
@@ -129,10 +129,11 @@ def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:
     results.expect(recipe.stage_names())
     try:
         model, dense = stages.baseline()
-        for index in range(len(recipe.passes)):
+        for index in range(len(recipe.edits)):
             model = stages.apply_pass(index, model)
-        graph = stages.export(model, dense)
-        graph = stages.convert(graph)
+        exported = stages.export(model, dense)
+        graph = stages.convert(exported)
+        graph = stages.quantize(exported, graph)
         for target in recipe.targets:
             stages.build(graph, target)
         results.end()
