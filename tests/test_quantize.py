@@ -14,8 +14,10 @@ from onnx import TensorProto, numpy_helper
 
 from headwise.calibration.formats import input_scale, restore
 from headwise.calibration.histogram import Histogram
+from headwise.calibration.products import dynamic_input
 from headwise.calibration.ranges import Observed
 from headwise.errors import ExportError, PlanError
+from headwise.export.dynamic import write_dynamic
 from headwise.export.graph import NAME_SCOPES
 from headwise.export.listing import read_listing
 from headwise.export.matrices import TapRunner, find_matrices, find_taps
@@ -231,6 +233,30 @@ def test_smoothing_changes_no_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(smoothed, batch()["x"] / np.exp2(taps["x"]).astype(np.float32))
     for name, values in run(path, optimize=False).items():
         np.testing.assert_array_equal(run(tmp_path / "smooth.onnx", optimize=False)[name], values)
+
+
+def test_dynamic_int8_follows_the_range_of_every_call(tmp_path: Path) -> None:
+    path, out = graph(tmp_path), tmp_path / "dynamic.onnx"
+    matrices = find_matrices(path)
+    plan = Quantize(matrices={"attention.out": "float"}).plan(matrices, ranges(path))
+    codes = Quantize().codes(plan, matrices, SCALE_DTYPES["fp32"])
+    assert write_dynamic(path, out, plan, codes) == 0
+    kinds = [node.op_type for node in onnx.load(str(out)).graph.node]
+    assert (kinds.count("MatMulInteger"), kinds.count("DynamicQuantizeLinear")) == (3, 2)  # query and key share theirs
+    assert (kinds.count("MatMul"), kinds.count("Gemm")) == (3, 0)  # one stays, two multiply activations
+    x = batch()["x"]
+    step = (x.max() - x.min()) / np.float32(255)
+    zero = np.rint(-x.min() / step)
+    inputs = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step
+    expected = inputs @ restore(codes["attention.query"], None, SCALE_DTYPES["fp32"])
+    np.testing.assert_allclose(TapRunner(out, ["q0"])(batch())["q0"], expected, atol=1e-5)
+    plan_entry = plan.matrices[0]
+    np.testing.assert_allclose(dynamic_input(x, plan_entry, SCALE_DTYPES["fp32"]), inputs, atol=1e-6)
+    # ten times larger than anything that calibration saw: nothing is clipped
+    reference, found = (TapRunner(p, ["k"])({"x": 10 * x}) for p in (path, out))
+    assert np.linalg.norm(found["k"] - reference["k"]) / np.linalg.norm(reference["k"]) < 0.02
+    for name, values in run(path).items():
+        assert np.linalg.norm(run(out)[name] - values) / np.linalg.norm(values) < 0.05
 
 
 LISTING = """Layers:

@@ -94,7 +94,7 @@ def test_other_options_do_not_calibrate_again(tmp_path: Path) -> None:
     folder = text_files(tmp_path / "text")
     recipe(folder, {"quantize": {"calibration": "mse"}})
     first = run(folder)
-    manifest = folder / "out" / "03-quantize.ranges" / "manifest.json"
+    manifest = folder / "out" / "01-onnx.ranges" / "manifest.json"
     before = manifest.stat().st_mtime_ns
     again = run(folder)
     assert all(stage["cached"] for stage in again.report["stages"])
@@ -165,3 +165,39 @@ def test_an_engine_that_breaks_the_promise_fails_the_run(tmp_path: Path, monkeyp
         in found.reason
     )
     assert by_name(found)["engine-sm86"]["status"] == "failed"
+
+
+def test_two_runtimes_get_a_graph_each(tmp_path: Path) -> None:
+    folder = text_files(tmp_path / "text")
+    recipe(folder, "quantize", targets=["cpu", *ENGINES])
+    found = run(folder)
+    assert found.exit_code == 0, found.reason
+    names = list(by_name(found))
+    assert names == ["baseline", "onnx", "fp16", "quantize", "cpu", *(f"engine-{target}" for target in ENGINES)]
+    stage = by_name(found)["cpu"]
+    assert stage["status"] == "passed"
+    assert stage["verdicts"][0]["samples"] == 60
+    kinds = [node.op_type for node in onnx.load(str(found.folder / "04-cpu" / "model.onnx")).graph.node]
+    assert kinds.count("MatMulInteger") == 12
+    assert {row["scheme"] for row in stage["record"]["matrices"]} == {"int8"}
+    assert stage["cost"]["macs"] == by_name(found)["onnx"]["cost"]["macs"]
+    assert stage["cost"]["latency"]["method"].startswith("median of 20 interleaved calls")
+    assert "QuantizeLinear" in [
+        node.op_type for node in onnx.load(str(found.folder / "03-quantize" / "model.onnx")).graph.node
+    ]
+
+
+def test_a_cpu_alone_needs_no_graph_for_tensorrt(tmp_path: Path) -> None:
+    folder = text_files(tmp_path / "text")
+    recipe(folder, targets=["cpu"])
+    found = run(folder)
+    assert {name: stage["status"] for name, stage in by_name(found).items()} == dict.fromkeys(
+        ("baseline", "onnx", "cpu"), "passed"
+    )
+    graph = (found.folder / "02-cpu" / "model.onnx").read_bytes()
+    assert graph == (found.folder / "01-onnx" / "model.onnx").read_bytes()
+    assert [name for name, _ in load_recipe({**TEXT, "targets": ["cpu", "sm86"]}).stage_names()][-3:] == [
+        "fp16",
+        "cpu",
+        "engine-sm86",
+    ]

@@ -8,17 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.calibration.formats import decode, encode, input_scale
-from headwise.model.quantization import Format
+from headwise.model.quantization import MatrixPlan
 
 Array = NDArray[Any]
 
 
-def quantized_input(rows: Array, number: Format, largest: float | None, dtype: np.dtype[Any]) -> Array:
-    """(R, K) what a quantized product reads of its input; ``largest`` None is the input itself."""
-    if largest is None:
+def quantized_input(rows: Array, plan: MatrixPlan, dtype: np.dtype[Any]) -> Array:
+    """(R, K) what a quantized product reads of its input, through constant scales of ``dtype``."""
+    if plan.format is None or plan.input_largest is None:
         return rows
-    scale = input_scale(largest, number, dtype)
-    return decode(encode(rows, scale, number), scale)
+    scale = input_scale(plan.input_largest, plan.format, dtype)
+    return decode(encode(rows, scale, plan.format), scale)
+
+
+def dynamic_input(rows: Array, plan: MatrixPlan, dtype: np.dtype[Any]) -> Array:
+    """(R, K) the same for 8-bit codes between the lowest and the highest value of these rows (and zero)."""
+    del dtype
+    if plan.input_largest is None:
+        return rows
+    low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+    step = (high - low) / 255 or 1.0
+    zero = np.rint(-low / step)
+    return np.asarray((np.clip(np.rint(rows / step) + zero, 0, 255) - zero) * np.float32(step))
 
 
 def relative_error(expected: Array, found: Array) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Write one file, or the graph and ``<name>.data`` when the weights pass the limit of protobuf."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _EXTERNAL_BYTES else None)
+
+
+def copy_graph(source: Path, target: Path) -> None:
+    """Copy a graph that ``save_graph`` wrote to a file of the same name in another folder."""
+    for name in (source.name, f"{source.name}.data"):
+        if source.with_name(name).exists():
+            shutil.copyfile(source.with_name(name), target.with_name(name))
 
 
 def module_path(node: onnx.NodeProto) -> str:

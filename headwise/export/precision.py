@@ -47,7 +47,7 @@ class ExportSpec(Spec):
     """How the graph and the engine are made."""
 
     precision: Precision = "fp16"
-    """The float type of weights and activations."""
+    """The float type of weights and activations in graphs for TensorRT; the target ``cpu`` computes in fp32."""
     opset: int = Field(default=23, ge=20, le=24)
     """ONNX opset; 23 is the first one with the Attention operator, which becomes one fused kernel."""
     clusters: Literal["auto", "gathered", "fused"] = "auto"

@@ -95,7 +95,7 @@ def write_quantized(
     """
     model = onnx.load(str(source))
     added = smooth(model, plan)
-    _correct_biases(model, codes)
+    correct_biases(model, codes)
     model = to_precision(model, precision, keep_io=keep_io)
     writer = _Writer(model.graph, SCALE_DTYPES[precision])
     planned = plan.quantized()
@@ -138,12 +138,13 @@ def smooth(model: onnx.ModelProto, plan: QuantPlan) -> int:
             node = helper.make_node("Mul", [tap, factor.name], [f"{tap}_smoothed"], name=f"{tap}_smooth")
             before[product.node.output[0]] = [node]
         product.node.input[0] = f"{tap}_smoothed"
-    _insert(graph, before)
+    insert_before(graph, before)
     drop_unused(graph)
     return len(added)
 
 
-def _correct_biases(model: onnx.ModelProto, codes: Mapping[str, Codes]) -> None:
+def correct_biases(model: onnx.ModelProto, codes: Mapping[str, Codes]) -> None:
+    """Add to the biases what ``Codes`` say, in place."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for product in products(model.graph):
         delta = codes[product.name].bias_delta if product.name in codes else None
@@ -179,7 +180,7 @@ class _Writer:
 
     def finish(self) -> None:
         """Put the new nodes in place, and drop the weights that nobody reads any more."""
-        _insert(self.graph, self.before)
+        insert_before(self.graph, self.before)
         drop_unused(self.graph)
 
     def _input(self, tensor: str, plan: MatrixPlan, nodes: list[NodeProto]) -> str:
@@ -219,7 +220,7 @@ class _Writer:
         return name
 
 
-def _insert(graph: onnx.GraphProto, before: Mapping[str, list[NodeProto]]) -> None:
+def insert_before(graph: onnx.GraphProto, before: Mapping[str, list[NodeProto]]) -> None:
     """Put nodes in front of those that read them, which are named by their first output."""
     ordered = [node for old in graph.node for node in (*before.get(old.output[0], ()), old)]
     del graph.node[:]

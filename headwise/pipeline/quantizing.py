@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headwise.artifacts import write_atomic
 from headwise.calibration.formats import restore
-from headwise.calibration.products import quantized_input, relative_error
+from headwise.calibration.products import dynamic_input, quantized_input, relative_error
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
+from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, find_taps
+from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
-from headwise.model.quantization import Codes, Matrix, MatrixPlan
+from headwise.model.quantization import Codes, Matrix, MatrixPlan, QuantPlan
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import GRAPH, Graph
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.store import Store, versions
 from headwise.pipeline.workspace import Workspace
+
+Array = NDArray[Any]
 
 PLAN = "plan.json"
 _RANGES = "ranges.npz"
@@ -43,8 +48,11 @@ class Quantizer:
         self.monitor = monitor
         self.source = source
 
-    def key(self) -> dict[str, Any]:
-        """What the ranges depend on."""
+    def key(self, options: Quantize) -> dict[str, Any]:
+        """What a quantized graph depends on, whatever the runtime."""
+        return {**self._ranges_key(), "options": options.model_dump(mode="json"), **versions("onnx")}
+
+    def _ranges_key(self) -> dict[str, Any]:
         recipe = self.workspace.recipe
         return {
             "parent": self.source.digest,
@@ -53,37 +61,52 @@ class Quantizer:
             **versions("onnxruntime"),
         }
 
-    def make(self, options: Quantize, body: Graph, stage: str, folder: Path) -> dict[str, Any]:
-        """Fill the folder of the stage; what the report says about it.
+    def for_tensorrt(self, options: Quantize, precision: Precision, folder: Path) -> dict[str, Any]:
+        """Fill the folder of a stage with a graph of Q/DQ nodes; what the manifest remembers.
 
         Args:
             options: of the pass.
-            body: the graph whose precision everything else has.
-            stage: name of the stage's folder.
+            precision: of what is not quantized.
             folder: to be filled.
         """
-        spec = self.workspace.recipe.export
-        matrices = find_matrices(self.source.path)
-        seen = self._ranges(stage, matrices)
-        plan = options.plan(matrices, seen)
-        dtype = SCALE_DTYPES[body.precision]
-        self.monitor.work("quantize", 0)
+        matrices, seen, plan = self._decide(options)
+        dtype = SCALE_DTYPES[precision]
         codes = options.codes(plan, matrices, dtype)
-        written = write_quantized(
-            self.source.path, folder / GRAPH, plan, codes, precision=body.precision, keep_io=spec.keep_io
-        )
+        keep_io = self.workspace.recipe.export.keep_io
+        written = write_quantized(self.source.path, folder / GRAPH, plan, codes, precision=precision, keep_io=keep_io)
         write_atomic(folder / PLAN, json.dumps(plan.to_json()))
         return {
             "promises": [asdict(promise) for promise in written.promises],
             "matrices": [
-                _row(matrix, entry, seen[matrix.tap], codes.get(matrix.name), dtype)
+                _row(matrix, entry, seen[matrix.tap].rows, codes, quantized_input, dtype)
                 for matrix, entry in zip(matrices, plan.matrices, strict=True)
             ],
             "multiplications": written.multiplications,
-            "runs_on_cpu": body.precision != "bf16",
+            "runs_on_cpu": precision != "bf16",
         }
 
-    def _ranges(self, stage: str, matrices: Sequence[Matrix]) -> dict[str, Observed]:
+    def for_cpu(self, options: Quantize, folder: Path) -> dict[str, Any]:
+        """The same for ONNX Runtime on a CPU: integer products, with input ranges of every call."""
+        matrices, seen, plan = self._decide(options)
+        dtype = SCALE_DTYPES["fp32"]
+        codes = options.codes(plan, matrices, dtype)
+        multiplications = write_dynamic(self.source.path, folder / GRAPH, plan, codes)
+        write_atomic(folder / PLAN, json.dumps(plan.to_json()))
+        return {
+            "matrices": [
+                _row(matrix, entry, seen[matrix.tap].rows, codes, dynamic_input, dtype)
+                for matrix, entry in zip(matrices, plan.matrices, strict=True)
+            ],
+            "multiplications": multiplications,
+        }
+
+    def _decide(self, options: Quantize) -> tuple[Sequence[Matrix], Mapping[str, Observed], QuantPlan]:
+        matrices = find_matrices(self.source.path)
+        seen = self._ranges(matrices)
+        self.monitor.work("quantize", 0)
+        return matrices, seen, options.plan(matrices, seen)
+
+    def _ranges(self, matrices: Sequence[Matrix]) -> dict[str, Observed]:
         """What calibration saw, from disk where neither the graph nor the samples have changed."""
         workspace = self.workspace
         names = [matrix.tap for matrix in matrices]
@@ -100,18 +123,23 @@ class Quantizer:
             save_ranges(seen, folder / _RANGES)
             return {}
 
-        stored, _ = self.store.get(f"{stage}.ranges", "ranges", self.key(), make)
+        stored, _ = self.store.get(f"{self.source.path.parent.name}.ranges", "ranges", self._ranges_key(), make)
         return load_ranges(stored.path / _RANGES)
 
 
 def _row(
-    matrix: Matrix, entry: MatrixPlan, seen: Observed, codes: Codes | None, dtype: np.dtype[Any]
+    matrix: Matrix,
+    entry: MatrixPlan,
+    rows: Array,
+    codes: Mapping[str, Codes],
+    read: Callable[[Array, MatrixPlan, np.dtype[Any]], Array],
+    dtype: np.dtype[Any],
 ) -> dict[str, Any]:
     """What became of a matrix, for the report; ``error`` is that of its outputs on calibration tokens."""
     error = 0.0
-    if entry.format is not None and codes is not None:
-        inputs = quantized_input(seen.rows, entry.format, entry.input_largest, dtype)
-        error = relative_error(seen.rows @ matrix.weight, inputs @ restore(codes, entry.block, dtype))
+    if matrix.name in codes:
+        found = read(rows, entry, dtype) @ restore(codes[matrix.name], entry.block, dtype)
+        error = relative_error(rows @ matrix.weight, found)
     return {
         "name": matrix.name,
         "inputs": matrix.weight.shape[0],

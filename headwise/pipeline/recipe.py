@@ -13,7 +13,7 @@ from headwise.calibration.data import DataSpec
 from headwise.calibration.tasks import FidelityOptions, TaskSpec
 from headwise.errors import RecipeError, did_you_mean
 from headwise.export.precision import ExportSpec
-from headwise.export.targets import resolve_target
+from headwise.export.targets import CPU, ORT, resolve_target
 from headwise.gates.judge import GateSpec
 from headwise.passes import STEPS
 from headwise.passes.base import Pass
@@ -27,7 +27,12 @@ KINDS = ("baseline", "pass", "onnx", "precision", "quantize", "engine")
 
 def engine_stage(target: str) -> str:
     """Name of the stage that builds for ``target``; also the name of a folder."""
-    return f"engine-{target}".replace("/", "-")
+    return CPU if is_cpu(target) else f"engine-{target}".replace("/", "-")
+
+
+def is_cpu(target: str) -> bool:
+    """Whether a target is the CPU, whatever its spelling."""
+    return resolve_target(target).runtime == ORT
 
 
 class CalibrationSpec(Spec):
@@ -68,7 +73,7 @@ class Recipe(Spec):
     export: ExportSpec = ExportSpec()
     """The ONNX graph: precision, opset and the shapes that engines are built for."""
     targets: tuple[str, ...] = ()
-    """GPUs to build engines for: sm75, sm86, sm89, sm120, or a name such as rtx-3060."""
+    """GPUs to build engines for: sm75, sm86, sm89, sm120, or a name such as rtx-3060; ``cpu`` for ONNX Runtime."""
     batch_size: int = Field(default=32, ge=1)
     """Samples per batch wherever the model is run."""
     seed: int = 0
@@ -117,6 +122,11 @@ class Recipe(Spec):
         """The pass that works on the graph."""
         return next((pass_ for pass_ in self.passes if isinstance(pass_, Quantize)), None)
 
+    @property
+    def for_tensorrt(self) -> bool:
+        """Whether graphs for TensorRT are wanted: for a GPU, or for nobody in particular."""
+        return not self.targets or not all(map(is_cpu, self.targets))
+
     def stage_names(self) -> list[tuple[str, str]]:
         """(name, kind) of every stage of a run, in order. A pass that occurs again is numbered."""
         names = [("baseline", "baseline")]
@@ -124,9 +134,9 @@ class Recipe(Spec):
             earlier = sum(other.name == pass_.name for other in self.edits[:index])
             names.append((pass_.name + (f"-{earlier + 1}" if earlier else ""), "pass"))
         names.append(("onnx", "onnx"))
-        if self.export.precision != "fp32":
+        if self.for_tensorrt and self.export.precision != "fp32":
             names.append((self.export.precision, "precision"))
-        if self.quantize is not None:
+        if self.for_tensorrt and self.quantize is not None:
             names.append((self.quantize.name, "quantize"))
         return names + [(engine_stage(target), "engine") for target in self.targets]
 

@@ -11,6 +11,7 @@ from typing import Any
 from headwise.artifacts import Artifact
 from headwise.errors import MachineError
 from headwise.export.cuda import gpu
+from headwise.export.graph import copy_graph
 from headwise.export.listing import ListingSummary
 from headwise.export.onnx import to_onnx
 from headwise.export.precision import convert_precision
@@ -159,15 +160,13 @@ class Stages:
         quantizer = Quantizer(self.workspace, self.store, self.monitor, source)
         with self.results.stage(options.name) as entry:
             key = {
-                **quantizer.key(),
-                "options": options.model_dump(mode="json"),
+                **quantizer.key(options),
                 "precision": body.precision,
                 "keep_io": self.workspace.recipe.export.keep_io,
-                **versions("onnx"),
             }
 
             def make(folder: Path) -> dict[str, Any]:
-                made = quantizer.make(options, body, entry.folder, folder)
+                made = quantizer.for_tensorrt(options, body.precision, folder)
                 return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
 
             artifact = self._artifact(entry, key, make)
@@ -176,6 +175,27 @@ class Stages:
             quantized = replace(body, path=artifact.path / GRAPH, digest=artifact.digest, promises=promises)
             used = self._judge_graph(entry, artifact, quantized, can_roll_back=True)
         return quantized if used else body
+
+    def deploy(self, source: Graph, name: str) -> None:
+        """Make the graph that ONNX Runtime runs on a CPU: in int8 where the recipe quantizes, else the fp32 graph."""
+        options = self.workspace.recipe.quantize
+        quantizer = Quantizer(self.workspace, self.store, self.monitor, source)
+        with self.results.stage(engine_stage(name)) as entry:
+            key = {"parent": source.digest} if options is None else quantizer.key(options)
+
+            def make(folder: Path) -> dict[str, Any]:
+                if options is None:
+                    copy_graph(source.path, folder / GRAPH)
+                    made: dict[str, Any] = {}
+                else:
+                    made = quantizer.for_cpu(options, folder)
+                return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
+
+            artifact = self._artifact(entry, key, make)
+            if options is not None:
+                entry.record = {"matrices": artifact.info["matrices"]}
+            deployed = replace(source, path=artifact.path / GRAPH, digest=artifact.digest)
+            self._judge_graph(entry, artifact, deployed, can_roll_back=False)
 
     def build(self, graph: Graph, name: str) -> None:
         """Build the engine for one target, and run it through the task where its GPU is."""
