@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from headwise.passes.base import Pass
 from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.prune_heads import PruneHeads
+from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 
 PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, ShareKVHeads, ClusterHeadsPass)}
-"""The only registry: name in a recipe -> pass."""
+"""Passes that edit the model: name in a recipe -> pass."""
+
+STEPS: Mapping[str, type[Pass] | type[Quantize]] = {**PASSES, Quantize.name: Quantize}
+"""Everything that can stand under ``passes`` in a recipe; quantization works on the exported graph and comes last."""

@@ -31,7 +31,7 @@ def plan_passes(
     edited = workspace.checkpoint.copy().view()
     teacher = workspace.checkpoint.copy().view()
     plans = []
-    for index, pass_ in enumerate(resolved.passes):
+    for index, pass_ in enumerate(resolved.edits):
         before = edited.layout
         watcher.start(resolved.stage_names()[1 + index][0])
         shared: dict[str, Any] = {
@@ -49,7 +49,7 @@ def plan_passes(
                 "after": plan.predict(before).to_json(),
             }
         )
-        if index + 1 < len(resolved.passes):
+        if index + 1 < len(resolved.edits):
             run_pass(pass_, edited, teacher, workspace.task, workspace.calibration, **shared)
     return plans
 
