@@ -22,6 +22,26 @@ from headwise.model.view import AttentionView, ModelView, Projections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValueHeads:
+    """The value heads of a layer.
+
+    Attributes:
+        weight: (K, H, D).
+        bias: (K, H), or None where values have no bias.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def plus(self, maps: torch.Tensor, other: ValueHeads) -> ValueHeads:
+        """These heads and ``maps``, (K, H, H), times the other ones, in float64."""
+        bias = self.bias
+        if bias is not None and other.bias is not None:
+            bias = bias.double() + _mapped(maps, other.bias)
+        return ValueHeads(weight=self.weight.double() + _mapped(maps, other.weight), bias=bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SharedKV:
     """The numbers of a ``ShareKV`` edit.
 
@@ -31,6 +51,7 @@ class SharedKV:
         key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
             of its group, up to what the merge loses; ``value_maps``: the same for values.
         output_bias: (D,) to add to the output bias; None where there is none.
+        missed: what the shared value heads miss most of their groups, of which a refit may take something in.
     """
 
     key: torch.Tensor
@@ -40,6 +61,7 @@ class SharedKV:
     key_maps: torch.Tensor
     value_maps: torch.Tensor
     output_bias: torch.Tensor | None
+    missed: ValueHeads
 
 
 Payloads = Mapping[int, SharedKV]
@@ -231,6 +253,18 @@ def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | N
             fix="fold constants only into layers that have an output bias",
         )
     write(view, replace(old, output=weight, output_bias=bias), view.layout)
+
+
+def set_values(view: AttentionView, values: ValueHeads) -> None:
+    """Replace the value heads of a layer."""
+    write(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout)
+
+
+@contextmanager
+def other_values(view: AttentionView, values: ValueHeads) -> Iterator[None]:
+    """Other value heads while the block runs."""
+    with _written(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout):
+        yield
 
 
 def reshape(model: ModelView, layout: Layout) -> None:
