@@ -166,8 +166,7 @@ def missed(merged: Merged, heads: torch.Tensor, moment: torch.Tensor, weights: t
     left = heads.double() - merged.maps @ merged.shared
     stacked = (roots(weights)[0] @ left).flatten(0, 1)
     energy, vectors = torch.linalg.eigh(stacked @ moment.double() @ stacked.T)
-    whole = (roots(weights)[0] @ heads.double()).flatten(0, 1)
-    if float(energy[-1]) <= _NOTHING * float((whole @ moment.double() * whole).sum()):
+    if float(energy[-1]) <= _NOTHING * _energy(heads, moment, weights):
         return torch.zeros_like(merged.shared)
     found: torch.Tensor = vectors[:, -width:].flip(1).T @ stacked
     sizes = [float(torch.linalg.vector_norm(head)) for head in (merged.shared, found)]
