@@ -338,7 +338,7 @@ def edited(report: Report, edit: Edit) -> None:
     [
         (
             ShareKV(layer=1, groups=((0, 2), (1, 3), (4, 5))),
-            "one kv head for 0+2, 1+3, 4+5",
+            "6 kv heads become 3: 0+2, 1+3, 4+5",
             "number: the kv head that a query head reads",
             {0: 0, 2: 0, 1: 1, 3: 1, 4: 4, 5: 4},
         ),

@@ -18,6 +18,8 @@ import torch
 
 _FLOOR = 1e-6
 """Smallest eigenvalue of a weight, relative to the largest: directions that nobody reads stay invertible."""
+_NOTHING = 1e-9
+"""Energy, relative to that of all heads, below which a merge is lossless and what is left is rounding."""
 _ALIGNMENT_ROUNDS = 20
 
 
@@ -47,8 +49,8 @@ def merge_subspace(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Ten
             ``W_o^T W_o`` of the columns that read a value head.
     """
     members, width, _ = heads.shape
-    roots, inverses = _roots(weights)
-    stacked = (roots @ heads.double()).flatten(0, 1)
+    forward, inverses = roots(weights)
+    stacked = (forward @ heads.double()).flatten(0, 1)
     energy, vectors = torch.linalg.eigh(stacked @ moment.double() @ stacked.T)
     kept = vectors[:, -width:].flip(1)
     shared, maps = kept.T @ stacked, inverses @ kept.unflatten(0, (members, width))
@@ -67,9 +69,7 @@ def merge_rotary(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tenso
         Maps that scale and rotate every pair by a number of its own, and so commute with the rotary positions.
     """
     pairs = as_complex(heads)
-    power = weights.diagonal(dim1=1, dim2=2)
-    size = (power[:, : power.shape[1] // 2] + power[:, power.shape[1] // 2 :]).double()
-    size = size.clamp_min(_FLOOR * float(size.max())).sqrt()
+    size = pair_power(weights).sqrt()
     weighted = (size[..., None] * pairs).transpose(0, 1)
     energy, vectors = torch.linalg.eigh(weighted @ moment.to(weighted.dtype) @ weighted.mH)
     kept = vectors[..., -1]
@@ -153,6 +153,26 @@ def _energy(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor) ->
     return float(torch.einsum("jab,jad,de,jbe->", weights.double(), heads.double(), moment.double(), heads.double()))
 
 
+def missed(merged: Merged, heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(H, D) what a shared head misses most of its group, as a head of the same size; zero where it misses nothing.
+
+    Args:
+        merged: the shared head.
+        heads: (J, H, D) the group, ``moment`` and ``weights`` as for ``merge_subspace``.
+        moment: (D, D).
+        weights: (J, H, H).
+    """
+    width = heads.shape[1]
+    left = heads.double() - merged.maps @ merged.shared
+    stacked = (roots(weights)[0] @ left).flatten(0, 1)
+    energy, vectors = torch.linalg.eigh(stacked @ moment.double() @ stacked.T)
+    if float(energy[-1]) <= _NOTHING * _energy(heads, moment, weights):
+        return torch.zeros_like(merged.shared)
+    found: torch.Tensor = vectors[:, -width:].flip(1).T @ stacked
+    sizes = [float(torch.linalg.vector_norm(head)) for head in (merged.shared, found)]
+    return found * (sizes[0] / max(sizes[1], 1e-300))
+
+
 def _identities(heads: torch.Tensor) -> torch.Tensor:
     return torch.eye(heads.shape[1], dtype=torch.float64).repeat(len(heads), 1, 1)
 
@@ -187,12 +207,19 @@ def pair_matrices(factors: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=-2)
 
 
-def _roots(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square roots and their inverses, with eigenvalues floored."""
+def pair_power(weights: torch.Tensor) -> torch.Tensor:
+    """(J, H, H) second moments of queries -> (J, H / 2) of their pairs, floored."""
+    real, imaginary = weights.diagonal(dim1=1, dim2=2).double().chunk(2, dim=1)
+    power = real + imaginary
+    return power.clamp_min(_FLOOR * float(power.max()))
+
+
+def roots(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric square roots of (J, H, H) matrices and their inverses, with eigenvalues floored."""
     values, vectors = torch.linalg.eigh(weights.double())
     values = values.clamp_min(_FLOOR * float(values.max())).sqrt()
-    roots = vectors @ torch.diag_embed(values) @ vectors.mT
-    return roots, vectors @ torch.diag_embed(1 / values) @ vectors.mT
+    forward = vectors @ torch.diag_embed(values) @ vectors.mT
+    return forward, vectors @ torch.diag_embed(1 / values) @ vectors.mT
 
 
 def _lost(energy: torch.Tensor, kept: int) -> float:

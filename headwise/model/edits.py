@@ -25,7 +25,7 @@ class DropHeads:
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the edit leaves a layer that can run."""
-        _refuse_clustered(self.layer, layout)
+        refuse_clustered(self.layer, layout)
         unknown = sorted(set(self.query) - set(layout.query))
         if unknown:
             raise PlanError(
@@ -74,7 +74,7 @@ class ShareKV:
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless every kv head is in one group and all groups have equally many."""
-        _refuse_clustered(self.layer, layout)
+        refuse_clustered(self.layer, layout)
         members = [head for group in self.groups for head in group]
         if sorted(members) != sorted(layout.kv):
             raise PlanError(
@@ -118,7 +118,7 @@ class ClusterHeads:
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless every query head is in exactly one cluster."""
-        _refuse_clustered(self.layer, layout)
+        refuse_clustered(self.layer, layout)
         members = [head for cluster in self.clusters for head in cluster]
         if sorted(members) != sorted(layout.query):
             raise PlanError(
@@ -156,7 +156,7 @@ class ClusterOnline:
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless there are as many heads."""
-        _refuse_clustered(self.layer, layout)
+        refuse_clustered(self.layer, layout)
         if not 1 <= self.count <= len(layout.query):
             raise PlanError(
                 f"{self.count} clusters for the {len(layout.query)} query heads of layer {self.layer}",
@@ -175,7 +175,8 @@ class ClusterOnline:
         return cls(layer=int(data["layer"]), count=int(data["count"]))
 
 
-def _refuse_clustered(layer: int, layout: AttentionLayout) -> None:
+def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
+    """Raise PlanError for a layer in which not every head has queries and keys of its own."""
     if layout.clustered:
         raise PlanError(
             f"the heads of layer {layer} are clustered already",
@@ -214,10 +215,17 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditPlan:
-    """What a pass wants to change, and why. Survives a round trip through JSON unchanged."""
+    """What a pass wants to change, and why. Survives a round trip through JSON unchanged.
+
+    Attributes:
+        edits: in the order in which they are made.
+        scores: the numbers that the decision rests on.
+        notes: layer -> what there is to know about its edit, or why it has none, in words.
+    """
 
     edits: tuple[Edit, ...]
     scores: Scores | None = field(default=None)
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     def check(self, layout: Layout) -> None:
         """Raise PlanError, naming the layer, unless every edit can be made in this order."""
@@ -243,10 +251,12 @@ class EditPlan:
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()
-        return {"edits": [edit.to_json() for edit in self.edits], "scores": scores}
+        notes = {str(layer): note for layer, note in self.notes.items()}
+        return {"edits": [edit.to_json() for edit in self.edits], "scores": scores, "notes": notes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EditPlan:
         edits = tuple(EDITS[edit["type"]].from_json(edit) for edit in data["edits"])
         scores = None if data.get("scores") is None else Scores.from_json(data["scores"])
-        return cls(edits=edits, scores=scores)
+        notes = {int(layer): note for layer, note in data.get("notes", {}).items()}
+        return cls(edits=edits, scores=scores, notes=notes)

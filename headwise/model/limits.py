@@ -41,8 +41,8 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
     family = layer.family
     if family.qk_norm:
         yield (
-            "share-kv: merge subspace and align are refused, because queries and keys are normalised behind their "
-            "projections; mean and first remain"
+            "share-kv: keys are merged by merge_keys: mean or first only, because queries and keys are normalised "
+            "behind their projections"
         )
     elif layer.rotated:
         yield (

@@ -10,16 +10,34 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from headwise.errors import SurgeryError
-from headwise.model.access import assign, attribute
-from headwise.model.attend import bind, form
+from headwise.model.attend import form
 from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
-from headwise.model.grouped import GroupedAttention, own_config
 from headwise.model.handed import compute_own
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
+from headwise.model.writing import write, written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueHeads:
+    """The value heads of a layer.
+
+    Attributes:
+        weight: (K, H, D).
+        bias: (K, H), or None where values have no bias.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def plus(self, maps: torch.Tensor, other: ValueHeads) -> ValueHeads:
+        """These heads and ``maps``, (K, H, H), times the other ones, in float64."""
+        bias = self.bias
+        if bias is not None and other.bias is not None:
+            bias = bias.double() + _mapped(maps, other.bias)
+        return ValueHeads(weight=self.weight.double() + _mapped(maps, other.weight), bias=bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +50,7 @@ class SharedKV:
         key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
             of its group, up to what the merge loses; ``value_maps``: the same for values.
         output_bias: (D,) to add to the output bias; None where there is none.
+        missed: what the shared value heads miss most of their groups, of which a refit may take something in.
     """
 
     key: torch.Tensor
@@ -41,6 +60,7 @@ class SharedKV:
     key_maps: torch.Tensor
     value_maps: torch.Tensor
     output_bias: torch.Tensor | None
+    missed: ValueHeads
 
 
 Payloads = Mapping[int, SharedKV]
@@ -94,28 +114,17 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 layer = model.attention[edit.layer]
-                stack.enter_context(_written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
+                stack.enter_context(written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
             if isinstance(edit, ClusterHeads):
                 layer = model.attention[edit.layer]
-                stack.enter_context(_written(layer, *_spread_clusters(layer, edit)))
+                stack.enter_context(written(layer, *_spread_clusters(layer, edit)))
             if isinstance(edit, ClusterOnline):
                 # Which heads are alike is known sample by sample only: every head computes scores, with the queries
                 # and keys of its representative.
                 layer = model.attention[edit.layer]
-                stack.enter_context(_written(layer, layer.read(), edit.apply(layer.layout)))
+                stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(form("fused"))
         yield
-
-
-@contextmanager
-def _written(view: AttentionView, weights: Projections, layout: AttentionLayout) -> Iterator[None]:
-    """Other weights while the block runs."""
-    old, before = view.read(), view.layout
-    write(view, weights, layout)
-    try:
-        yield
-    finally:
-        write(view, old, before)
 
 
 def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projections, AttentionLayout]:
@@ -239,6 +248,18 @@ def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | N
     write(view, replace(old, output=weight, output_bias=bias), view.layout)
 
 
+def set_values(view: AttentionView, values: ValueHeads) -> None:
+    """Replace the value heads of a layer."""
+    write(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout)
+
+
+@contextmanager
+def other_values(view: AttentionView, values: ValueHeads) -> Iterator[None]:
+    """Other value heads while the block runs."""
+    with written(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout):
+        yield
+
+
 def reshape(model: ModelView, layout: Layout) -> None:
     """Give every layer the shapes of ``layout``, with zeros in it, so that saved weights can be loaded."""
     compute_own(model)
@@ -258,69 +279,6 @@ def reshape(model: ModelView, layout: Layout) -> None:
             further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
         write(view, zeros, entry)
-
-
-def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
-    """Store projections the way the family stores them, and keep its head counts true."""
-    if view.family.ungrouped and (layout.group > 1 or layout.represented):
-        _regroup(view)
-    family = view.family
-    weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
-    biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
-    if family.fused:
-        bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
-        _store(view, family.query, _fused(view, weights), bias)
-    else:
-        for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
-            _store(view, path, weight, bias)
-    _store(view, family.output, new.output.flatten(1), new.output_bias)
-    for path, parts in new.further.items():
-        _put(view.module, path, parts.flatten(0, 1).movedim(0, family.per_head[path]))
-    for path, count in family.bookkeeping.items():
-        if path.startswith("config."):
-            own_config(view.module, path.removeprefix("config."), count(layout))
-        else:
-            assign(view.module, path, count(layout))
-    bind(view.caller, layout)
-    view.layout = layout
-
-
-def _regroup(view: AttentionView) -> None:
-    """Put a module that runs with fewer kv than query heads in the place of one that does not."""
-    view.module = GroupedAttention(view.module, view.layout.head_dim)
-    assign(view.block, view.family.attention, view.module)
-    view.family = view.family.regrouped()
-
-
-def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of queries, keys and values as one matrix or bias; the inverse of what the view reads."""
-    if not view.family.interleaved:
-        return torch.cat(parts)
-    heads = [part.unflatten(0, (-1, view.layout.head_dim)) for part in parts]
-    return torch.stack(heads, dim=1).flatten(0, 2)
-
-
-def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Put a weight of shape (out, in) into the projection at ``path``, whatever its class calls its sizes."""
-    _put(view.module, f"{path}.weight", weight.T if view.family.transposed else weight)
-    if bias is not None:
-        _put(view.module, f"{path}.bias", bias)
-
-
-def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
-    """Replace a parameter by one of another shape, in the type of the old one, and keep its module's sizes true."""
-    parent, _, name = path.rpartition(".")
-    module: nn.Module = attribute(root, parent)
-    # A module in the place of another one has a weight before it has a bias.
-    old = module.get_parameter(name) if getattr(module, name) is not None else module.get_parameter("weight")
-    module.register_parameter(name, nn.Parameter(tensor.to(old.dtype).contiguous().clone(), old.requires_grad))
-    if name == "weight":
-        rows, columns = tensor.shape
-        sizes = {"out_features": rows, "in_features": columns, "num_embeddings": rows, "embedding_dim": columns}
-        # Conv1D of transformers stores (in, out).
-        for size, value in {**sizes, "nf": columns, "nx": rows}.items():
-            if hasattr(module, size):
-                setattr(module, size, value)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
+from headwise.calibration.value_refit import fit_values
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
@@ -72,11 +73,13 @@ class Recovery:
         fold_mean: add the mean output of removed heads to the output bias, where the layer has one.
         refit: refit output projections from the first edited layer on.
         ridge: see ``calibration.refit``.
+        rounds: how often shared value heads are solved, in turn with the output projection.
     """
 
     fold_mean: bool
     refit: bool
     ridge: float
+    rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +192,9 @@ def run_pass(
         if recovery.fold_mean:
             _fold(view, folded)
         if recovery.refit:
-            fits = _refit(view, teacher, plan, recovery.ridge, examples, batch_size=batch_size, progress=progress)
+            missed = {plan.edits[position].layer: payload.missed for position, payload in payloads.items()}
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+            fits = _refit(view, teacher, plan, recovery, examples, missed=missed, **options)
     if _versions(view) != bystanders:
         raise SurgeryError(
             "a weight outside the attention layers changed",
@@ -267,18 +272,27 @@ def _refit(
     view: ModelView,
     teacher: ModelView,
     plan: EditPlan,
-    ridge: float,
+    recovery: Recovery,
     examples: Examples,
     *,
+    missed: Mapping[int, surgery.ValueHeads],
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, float]]:
     first = min(edit.layer for edit in plan.edits)
     fits: list[Mapping[str, float]] = []
     for layer in view.attention[first:]:
-        step = f"refit of layer {layer.index}"
-        report = None if progress is None else partial(progress, step)
-        fit = fit_output(view, teacher, layer.index, examples, ridge=ridge, batch_size=batch_size, progress=report)
+        report = None if progress is None else partial(progress, f"refit of layer {layer.index}")
+        options: dict[str, Any] = {"ridge": recovery.ridge, "batch_size": batch_size, "progress": report}
+        # A layer that runs several times reads in its later runs what it wrote: only its output is solved for.
+        if recovery.rounds and layer.index in missed and layer.runs == 1:
+            both = fit_values(
+                view, teacher, layer.index, missed[layer.index], examples, rounds=recovery.rounds, **options
+            )
+            surgery.set_values(layer, both.values)
+            fit = both.output
+        else:
+            fit = fit_output(view, teacher, layer.index, examples, **options)
         surgery.set_output(layer, fit.weight, fit.bias)
         fits.append({"layer": layer.index, "before": fit.before, "after": fit.after})
     return fits

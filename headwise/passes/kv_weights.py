@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.calibration.merge import Merged
-from headwise.model.surgery import SharedKV
+from headwise.calibration.energy import GroupEnergy
+from headwise.calibration.merge import Merged, missed
+from headwise.model.surgery import SharedKV, ValueHeads
 from headwise.model.view import AttentionView, Projections
 
 
@@ -75,6 +76,13 @@ class KVWeights:
             fold_value=fold_value,
         )
 
+    def energies(self, rotated: int) -> tuple[GroupEnergy, GroupEnergy]:
+        """What groups of these keys lose, ``rotated`` coordinates of which are turned by position, and of values."""
+        return (
+            GroupEnergy(self.key, self.key_moment, self.key_weights, rotated=rotated),
+            GroupEnergy(self.value, self.value_moment, self.value_weights, rotated=0),
+        )
+
     def assemble(self, keys: Sequence[Merged], values: Sequence[Merged], groups: Sequence[Sequence[int]]) -> SharedKV:
         """The numbers of the edit from one merged key and value head per group."""
         width = self.old.key.shape[2]
@@ -82,6 +90,7 @@ class KVWeights:
         places = [position[head] for head in range(len(self.old.key))]
         key, value = (torch.stack([m.shared for m in merged]) for merged in (keys, values))
         value_maps = torch.stack([values[g].maps[m] for g, m in places])
+        left = torch.stack([self._missed(merged, list(group)) for merged, group in zip(values, groups, strict=True)])
         return SharedKV(
             key=key[..., :width],
             value=value[..., :width],
@@ -90,7 +99,11 @@ class KVWeights:
             key_maps=torch.stack([keys[g].maps[m] for g, m in places]),
             value_maps=value_maps,
             output_bias=self._output_bias(value, value_maps, [g for g, _ in places]) if self.fold_value else None,
+            missed=ValueHeads(weight=left[..., :width], bias=_bias(left, width, self.old.value_bias)),
         )
+
+    def _missed(self, merged: Merged, group: list[int]) -> torch.Tensor:
+        return missed(merged, self.value[group], self.value_moment, self.value_weights[group])
 
     def _output_bias(self, value: torch.Tensor, maps: torch.Tensor, groups: list[int]) -> torch.Tensor:
         """What the old value heads give on average beyond what their maps of the shared heads give."""

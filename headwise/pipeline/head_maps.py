@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def _head_map(stage: Stage, columns: int) -> HeadMap:
         before=tuple(layer.query for layer in before),
         after=tuple(layer.query for layer in after),
         uses=tuple(_uses(old, new) for old, new in zip(before, after, strict=True)),
-        changes=tuple(describe(record["plan"]["edits"], layer) for layer in range(len(before))),
+        changes=tuple(describe(record["plan"], layer) for layer in range(len(before))),
         legend=next((_LEGENDS[e["type"]] for e in record["plan"]["edits"] if e["type"] in _LEGENDS), ""),
         columns=columns,
         refit={int(fit["layer"]): fit for fit in record.get("refit") or []},
@@ -83,10 +83,13 @@ def _head_map(stage: Stage, columns: int) -> HeadMap:
     )
 
 
-def describe(edits: Sequence[Mapping[str, Any]], layer: int) -> str:
-    """The edits of one layer in words, by original ids."""
-    words = [_WORDS[edit["type"]](edit) for edit in edits if edit["layer"] == layer and edit["type"] in _WORDS]
-    return "; ".join(filter(None, words)) or UNCHANGED
+def describe(plan: Mapping[str, Any], layer: int) -> str:
+    """The edits of one layer in words, by original ids, and what the plan notes about it."""
+    edits = [edit for edit in plan["edits"] if edit["layer"] == layer]
+    words = [_WORDS[edit["type"]](edit) for edit in edits if edit["type"] in _WORDS]
+    text = "; ".join(filter(None, words)) or UNCHANGED
+    note = plan.get("notes", {}).get(str(layer))
+    return f"{text} ({note})" if note else text
 
 
 def _dropped(edit: Mapping[str, Any]) -> str:
@@ -94,8 +97,9 @@ def _dropped(edit: Mapping[str, Any]) -> str:
 
 
 def _shared(edit: Mapping[str, Any]) -> str:
-    groups = ["+".join(map(str, group)) for group in edit["groups"] if len(group) > 1]
-    return f"one kv head for {', '.join(groups)}" if groups else ""
+    before, after = sum(map(len, edit["groups"])), len(edit["groups"])
+    groups = ["+".join(map(str, group)) for group in edit["groups"]]
+    return f"{before} kv heads become {after}: {', '.join(groups)}" if after < before else ""
 
 
 def _clustered(edit: Mapping[str, Any]) -> str:

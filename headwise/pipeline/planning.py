@@ -100,7 +100,7 @@ def _heading(plan: dict[str, Any]) -> str:
 
 def _heads(plan: dict[str, Any], layer: int, before: dict[str, Any], after: dict[str, Any]) -> Text:
     if plan["scores"] is None:
-        return Text(describe(plan["edits"], layer))
+        return Text(describe(plan, layer))
     cells = Text()
     for head in before["query"]:
         gone = head not in after["query"]

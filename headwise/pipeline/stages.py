@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from headwise.export.tensorrt import build_engine, profiles_for
 from headwise.gates.cost import graph_cost
 from headwise.gates.kernels import judge_kernels
 from headwise.model.attend import form
-from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.checkpoint import Checkpoint
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
-from headwise.pipeline.graphs import GRAPH, Graph
+from headwise.pipeline.graphs import GRAPH, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.quantizing import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
@@ -38,26 +37,6 @@ from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
 ENGINE, MODEL = "model.engine", "model"
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model that a stage left on disk; read when somebody needs it.
-
-    Attributes:
-        digest: digest of the artifact.
-        folder: its checkpoint directory; None for the untouched model.
-        untouched: the model that the user named.
-    """
-
-    digest: str
-    folder: Path | None
-    untouched: Checkpoint
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model. Callers that edit it take a copy."""
-        return self.untouched if self.folder is None else load_checkpoint(self.folder)
 
 
 def check_targets(recipe: Recipe) -> None:

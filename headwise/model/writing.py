@@ -1,0 +1,89 @@
+"""Put weights into attention layers the way their families store them; called by surgery only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from headwise.model.access import assign, attribute
+from headwise.model.attend import bind
+from headwise.model.grouped import GroupedAttention, own_config
+from headwise.model.layout import AttentionLayout
+from headwise.model.view import AttentionView, Projections
+
+
+def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
+    """Store projections the way the family stores them, and keep its head counts true."""
+    if view.family.ungrouped and (layout.group > 1 or layout.represented):
+        _regroup(view)
+    family = view.family
+    weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
+    biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
+    if family.fused:
+        bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
+        _store(view, family.query, _fused(view, weights), bias)
+    else:
+        for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
+            _store(view, path, weight, bias)
+    _store(view, family.output, new.output.flatten(1), new.output_bias)
+    for path, parts in new.further.items():
+        _put(view.module, path, parts.flatten(0, 1).movedim(0, family.per_head[path]))
+    for path, count in family.bookkeeping.items():
+        if path.startswith("config."):
+            own_config(view.module, path.removeprefix("config."), count(layout))
+        else:
+            assign(view.module, path, count(layout))
+    bind(view.caller, layout)
+    view.layout = layout
+
+
+def _regroup(view: AttentionView) -> None:
+    """Put a module that runs with fewer kv than query heads in the place of one that does not."""
+    view.module = GroupedAttention(view.module, view.layout.head_dim)
+    assign(view.block, view.family.attention, view.module)
+    view.family = view.family.regrouped()
+
+
+def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of queries, keys and values as one matrix or bias; the inverse of what the view reads."""
+    if not view.family.interleaved:
+        return torch.cat(parts)
+    heads = [part.unflatten(0, (-1, view.layout.head_dim)) for part in parts]
+    return torch.stack(heads, dim=1).flatten(0, 2)
+
+
+def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Put a weight of shape (out, in) into the projection at ``path``, whatever its class calls its sizes."""
+    _put(view.module, f"{path}.weight", weight.T if view.family.transposed else weight)
+    if bias is not None:
+        _put(view.module, f"{path}.bias", bias)
+
+
+def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter by one of another shape, in the type of the old one, and keep its module's sizes true."""
+    parent, _, name = path.rpartition(".")
+    module: nn.Module = attribute(root, parent)
+    # A module in the place of another one has a weight before it has a bias.
+    old = module.get_parameter(name) if getattr(module, name) is not None else module.get_parameter("weight")
+    module.register_parameter(name, nn.Parameter(tensor.to(old.dtype).contiguous().clone(), old.requires_grad))
+    if name == "weight":
+        rows, columns = tensor.shape
+        sizes = {"out_features": rows, "in_features": columns, "num_embeddings": rows, "embedding_dim": columns}
+        # Conv1D of transformers stores (in, out).
+        for size, value in {**sizes, "nf": columns, "nx": rows}.items():
+            if hasattr(module, size):
+                setattr(module, size, value)
+
+
+@contextmanager
+def written(view: AttentionView, weights: Projections, layout: AttentionLayout) -> Iterator[None]:
+    """Other weights while the block runs."""
+    old, before = view.read(), view.layout
+    write(view, weights, layout)
+    try:
+        yield
+    finally:
+        write(view, old, before)
