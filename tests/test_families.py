@@ -276,7 +276,7 @@ def test_limits_name_the_layers_that_they_hold_for() -> None:
 
 
 def test_the_merges_that_are_refused_are_a_limit(family: str) -> None:
-    told = any("subspace and align are refused" in limit for limit in limits(ModelView.of(make_model(family))))
+    told = any("mean or first only" in limit for limit in limits(ModelView.of(make_model(family))))
     assert told == (family in NORMALISED), "test_share_kv.py: these and no others are refused"
 
 

@@ -12,7 +12,7 @@ import conftest
 import pytest
 import torch
 import transformers
-from conftest import GROUPED, LAYERS, WIDTH, largest_difference, make_inputs, make_model
+from conftest import GROUPED, LAYERS, SEQ2SEQ, WIDTH, largest_difference, make_inputs, make_model
 from test_checkpoint import checkpoint_of, prune
 from torch import nn
 from torch.nn import functional as F
@@ -32,9 +32,9 @@ KINDS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
 }
 ACTIVATIONS: Mapping[str, str] = {
-    **dict.fromkeys(("torch", "opt"), "relu"),
+    **dict.fromkeys(("torch", "opt", "t5"), "relu"),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3"), "silu"),
-    **dict.fromkeys(("gpt2", "gemma2", "gemma3"), "gelu-tanh"),
+    **dict.fromkeys(("gpt2", "gemma2", "gemma3", "albert"), "gelu-tanh"),
     **dict.fromkeys(("clip", "clip-text", "clip-vision"), "quick-gelu"),
 }
 ADDED_CHANGED = {"dinov2", "timm", "gemma2", "gemma3"}
@@ -53,8 +53,9 @@ def activation(family: str, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_every_block_has_its_mlp(family: str) -> None:
     view = ModelView.of(make_model(family))
-    assert [mlp.index for mlp in view.mlp] == list(range(LAYERS))
-    assert [mlp.block for mlp in view.mlp] == [layer.block for layer in view.attention]
+    # Two attention layers of a decoder share a block.
+    assert [mlp.index for mlp in view.mlp] == list(range(2 if family in SEQ2SEQ else LAYERS))
+    assert {id(mlp.block) for mlp in view.mlp} <= {id(layer.block) for layer in view.attention}
     assert {(len(mlp.layout.neurons), mlp.layout.width) for mlp in view.mlp} == {(neurons_of(family),) * 2}
     names = dict(view.module.named_modules())
     for mlp in view.mlp:
@@ -88,7 +89,8 @@ def test_the_residual_is_what_the_output_is_added_to(family: str) -> None:
     """In a block that adds its MLP last, the sum is the block's output; behind a norm it is the norm's input."""
     view, seen = ModelView.of(make_model(family)), {}
     mlp = view.mlp[1]
-    norms = dict.fromkeys(("bert", "electra", "roberta", "wrapped"), "output.LayerNorm")
+    norms = dict.fromkeys(("bert", "electra", "roberta", "wrapped", "deberta-v2"), "output.LayerNorm")
+    norms |= {"albert": "full_layer_layer_norm", "bart": "final_layer_norm"}
     norm = mlp.block.get_submodule(norms[family]) if family in norms else getattr(mlp.block, "output_layer_norm", None)
 
     def added(_: nn.Module, args: tuple[torch.Tensor, ...], result: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
@@ -216,8 +218,8 @@ def test_checkpoints_carry_the_neurons(family: str, tmp_path: Path) -> None:
     save_checkpoint(checkpoint, view, tmp_path)
     loaded = load_checkpoint(tmp_path).view()
     assert loaded.layout == view.layout
-    assert (
-        loaded.layout.mlp == (MlpLayout(neurons=tuple(range(neurons_of(family))), width=neurons_of(family)),) * LAYERS
+    assert loaded.layout.mlp == (MlpLayout(neurons=tuple(range(neurons_of(family))), width=neurons_of(family)),) * len(
+        view.mlp
     )
 
 

@@ -240,7 +240,11 @@ class Stages:
         examples, spec = self.workspace.examples, self.workspace.recipe.export
         sequence = None if spec.sequence is None else spec.sequence.opt
         axes = {name: list(varying) for name, varying in examples.dynamic_axes().items()}
-        forms = [spec.clusters, bool(self.workspace.recipe.targets)]
+        # Only clustered layers have forms, and only their choice depends on there being engines.
+        clustered = any(entry.name == "cluster-heads" for entry in self.workspace.recipe.passes)
+        layout = self.workspace.checkpoint.layout
+        clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
+        forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
         sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
         return {"opset": spec.opset, "clusters": forms, **sample, **versions("onnx")}
 
