@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from headwise.export.edits import drop_unused, insert_before
 from headwise.export.matrices import Product, products
 from headwise.export.precision import check_graph
-from headwise.export.quantize import correct_biases, drop_unused, insert_before, smooth
+from headwise.export.quantize import correct_biases
 from headwise.model.quantization import Codes, QuantPlan
 
 
-def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, Codes]) -> int:
+def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, Codes]) -> None:
     """Write an fp32 graph whose quantized matrices multiply in int8.
 
     Args:
@@ -28,14 +29,10 @@ def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, 
         plan: which matrices; they all are in int8 with one scale per output.
         codes: of every quantized matrix.
 
-    Returns:
-        The number of explicit scales in front of matrices.
-
     Raises:
         ExportError: the result is not valid.
     """
     model = onnx.load(str(source))
-    added = smooth(model, plan)
     correct_biases(model, codes)
     graph = model.graph
     before: dict[str, list[NodeProto]] = {}
@@ -53,7 +50,6 @@ def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, 
     drop_unused(graph)
     check_graph(model, "the int8 graph", fix="report this with the recipe: it is a bug in headwise")
     onnx.save(model, str(dst))
-    return added
 
 
 def _integer_product(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 Format = Literal["int8", "fp8", "int4", "nvfp4", "mxfp8"]
@@ -78,9 +77,8 @@ class QuantPlan:
 
     Attributes:
         matrices: every matrix of the graph, in its order.
-        smooth: activation tensor -> one exponent per channel. The quantized readers of the tensor get its channels
-            multiplied by ``2 ** -exponent`` and their weights the inverse, which changes nothing: powers of two are
-            exact.
+        smooth: activation tensor -> one exponent per channel. Before anything else, its channels are multiplied by
+            ``2 ** -exponent`` and the weights behind it by the inverse, which changes nothing: powers of two are exact.
     """
 
     matrices: tuple[MatrixPlan, ...]
@@ -119,8 +117,3 @@ class Codes:
     scale: Array
     shared: float = 1.0
     bias_delta: Array | None = None
-
-
-def smoothed(weight: Array, exponents: tuple[int, ...] | None) -> Array:
-    """(K, N) weights for an input whose channels are multiplied by ``2 ** -exponent``."""
-    return weight if exponents is None else np.ldexp(weight, np.asarray(exponents)[:, None])
