@@ -14,7 +14,7 @@ from headwise.gates.drift import drift
 from headwise.gates.measure import Predictions
 from headwise.passes.budget import Budget, Offer, left_alone
 
-DROPS = {"a": 3.0, "b": 0.1, "c": 0.5, "d": -0.1, "e": 0.5}
+DROPS = {"a": 3.0, "b": 0.1, "c": 0.5, "d": -0.05, "e": 0.5}
 SAVED = {"a": 100, "b": 100, "c": 400, "d": 50, "e": 100}
 OFFERS = [Offer(name=name, drop=DROPS[name], saved=SAVED[name]) for name in DROPS]
 """By price: a, e, c, b, d."""
@@ -34,7 +34,8 @@ def test_a_size_is_filled_with_what_is_dearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept"), [(10.0, ""), (4.0, ""), (3.0, "a"), (0.7, "ae"), (0.5, "ae"), (0.05, "aec"), (0.0, "aecb")]
+    ("limit", "kept"),
+    [(10.0, ""), (4.1, ""), (3.0, "a"), (0.7, "ae"), (0.6, "ae"), (0.5, "aec"), (0.05, "aec"), (0.0, "aecb")],
 )
 def test_a_drop_is_measured_and_the_fewest_stay(limit: float, kept: str) -> None:
     asked: list[int] = []

@@ -41,10 +41,12 @@ class Tap:
     Attributes:
         name: of the tensor.
         dims: names or sizes of its axes; ``batch`` and ``sequence`` say where padding can be.
+        heads: the axes are (B, N, T, H), and the channels are those of all heads side by side.
     """
 
     name: str
     dims: tuple[int | str, ...]
+    heads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -155,6 +157,8 @@ class _Sums:
 def _tokens(array: Array, tap: Tap, batch: Batch, *, padding: bool) -> tuple[Array, Array]:
     """(n, K) float32 tokens, and for each a pseudo-random key that only depends on its sample and position."""
     values = np.asarray(array, np.float32)
+    if tap.heads:
+        values = values.swapaxes(1, 2).reshape(values.shape[0], values.shape[2], -1)
     width, lead = values.shape[-1], values.shape[:-1]
     row = (batch.samples[:, None] * batch.per_sample + np.arange(batch.per_sample)).ravel()
     mask = None if padding else batch.valid()

@@ -64,13 +64,19 @@ class Quantize(Spec):
     bias_correction: bool = True
     """Take the mean error of a product on calibration tokens off its bias, where it has one."""
 
+    kv: Literal["int8", "fp8"] | None = None
+    """Format of keys and values between their projections and the scores: what a cache of them would hold. One scale
+    per channel, which goes into the projections around them where the graph allows it."""
+
     budget: Budget | None = None
     """A limit on drop or size; what does not fit into it stays as it is. It measures one matrix at a time."""
 
     def schemes(self) -> frozenset[str]:
         """What a target must be able to run, see ``scheme``."""
-        formats = {self.format, *(entry for entry in self.matrices.values() if entry != "float")}
-        return frozenset(scheme(number, weights_only=self._weights_only(number)) for number in formats)
+        chosen = [*self.matrices.values(), *([] if "*" in self.matrices else [self.format])]
+        formats = {entry for entry in chosen if entry != "float"}
+        found = {scheme(number, weights_only=self._weights_only(number)) for number in formats}
+        return frozenset(found | ({f"{self.kv}-kv"} if self.kv else set()))
 
     def smoothing(
         self, matrices: Sequence[Matrix], ranges: Mapping[str, Observed], read: ReadInput

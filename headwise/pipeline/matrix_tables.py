@@ -40,12 +40,13 @@ def _table(stage: Stage) -> MatrixTable:
     before, after = (sum(matrix[key] for matrix in matrices) for key in ("bytes_before", "bytes_after"))
     counts = ", ".join(f"{count} in {scheme}" for scheme, count in formats.items())
     sizes = [amount("file_bytes", size).replace("\N{NO-BREAK SPACE}", " ") for size in (before, after)]
-    scales, sweep = stage["record"]["scales"], stage["record"]["sweep"]
+    scales, kv, sweep = (stage["record"][key] for key in ("scales", "kv", "sweep"))
     scaled = f"; {scales['folded']} scales folded, {scales['explicit']} in front of matrices" if scales else ""
+    cached = f"; {kv['tensors']} keys and values in {kv['format']}, {kv['per_channel']} per channel" if kv else ""
     measured = f"; alone each one costs {sweep['metric']} on {sweep['samples']} samples as shown" if sweep else ""
     return MatrixTable(
         stage=stage["name"],
-        headline=f"{len(matrices)} matrices, {counts}; {sizes[0]} became {sizes[1]}{scaled}{measured}",
+        headline=f"{len(matrices)} matrices, {counts}; {sizes[0]} became {sizes[1]}{scaled}{cached}{measured}",
         headings=_HEADINGS + ((_DROP,) if sweep else ()),
         rows=tuple(_row(matrix) + ((_drop(matrix),) if sweep else ()) for matrix in matrices),
     )

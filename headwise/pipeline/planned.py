@@ -34,6 +34,7 @@ class Planned:
         seen: what calibration saw in it.
         plan: what becomes of it.
         scales: how many scales were folded and how many are explicit; empty without smoothing.
+        kv: what became of keys and values; empty where they stay as they are.
         sweep: drop of every matrix by itself, the metric and the number of samples; empty without a budget.
     """
 
@@ -42,6 +43,7 @@ class Planned:
     seen: Mapping[str, Observed]
     plan: QuantPlan
     scales: Mapping[str, Any] = field(default_factory=dict)
+    kv: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] = field(default_factory=dict)
 
     def within(self, budget: Budget, sweep: Mapping[str, Any], measure: Measure, dtype: np.dtype[Any]) -> Planned:
@@ -83,7 +85,7 @@ class Planned:
             for matrix, entry in zip(self.matrices, self.plan.matrices, strict=True)
         ]
         about = {key: self.sweep[key] for key in ("metric", "samples") if key in self.sweep}
-        return {"record": {"matrices": rows, "scales": dict(self.scales), "sweep": about}}
+        return {"record": {"matrices": rows, "scales": dict(self.scales), "kv": dict(self.kv), "sweep": about}}
 
     def _row(
         self, matrix: Matrix, entry: MatrixPlan, codes: Mapping[str, Codes], read: ReadInput, dtype: np.dtype[Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from headwise.export.targets import CPU, FULL
 from headwise.model.quantization import Matrix, QuantPlan
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import DECODED, GRAPH, Graph
+from headwise.pipeline.kv import write_kv
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.planned import Planned
 from headwise.pipeline.store import Store, versions
@@ -75,7 +76,7 @@ class Quantizer:
             folder: to be filled.
         """
         dtype = SCALE_DTYPES[precision]
-        made = self._within_budget(options, self._smoothed(options, FULL), FULL, dtype)
+        made = self._decide(options, FULL, dtype)
         codes = options.codes(made.plan, made.matrices, made.seen, quantized_input, dtype)
         keep_io = self.workspace.recipe.export.keep_io
         written = write_quantized(made.path, folder / GRAPH, made.plan, codes, precision=precision, keep_io=keep_io)
@@ -89,10 +90,25 @@ class Quantizer:
     def for_cpu(self, options: Quantize, folder: Path) -> dict[str, Any]:
         """The same for ONNX Runtime on a CPU: integer products, with input ranges of every call."""
         dtype = SCALE_DTYPES["fp32"]
-        made = self._within_budget(options, self._smoothed(options, CPU), CPU, dtype)
+        made = self._decide(options, CPU, dtype)
         codes = options.codes(made.plan, made.matrices, made.seen, dynamic_input, dtype)
         write_dynamic(made.path, folder / GRAPH, made.plan, codes)
         return made.record(codes, dynamic_input, dtype, folder)
+
+    def _decide(self, options: Quantize, runtime: str, dtype: np.dtype[Any]) -> Planned:
+        """The plan for one runtime, and what it rests on."""
+        number = options.kv
+        if number is None:
+            return self._within_budget(options, self._smoothed(options, runtime), runtime, dtype)
+
+        def make(folder: Path) -> dict[str, Any]:
+            return {"kv": write_kv(self.workspace, self.monitor, self.source.path, number, folder)}
+
+        key = {**self._ranges_key(), "kv": number, **versions("onnx")}
+        stored, _ = self.store.get(f"{self.source.path.parent.name}.kv", "kv", key, make)
+        source = replace(self.source, path=stored.path / GRAPH, digest=stored.digest)
+        inner = Quantizer(self.workspace, self.store, self.monitor, source)
+        return replace(inner._decide(options.model_copy(update={"kv": None}), runtime, dtype), kv=stored.info["kv"])
 
     def _smoothed(self, options: Quantize, runtime: str) -> Planned:
         """The plan, on a graph whose channels are scaled as it says; the scales suit the products of the runtime."""
