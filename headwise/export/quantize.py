@@ -19,7 +19,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS, input_scale
 from headwise.export.edits import drop_unused, insert_before
-from headwise.export.matrices import Product, products
+from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import Precision, check_graph, to_precision
 from headwise.model.quantization import Codes, Format, MatrixPlan, QuantPlan, scheme
 
@@ -99,12 +99,14 @@ def write_quantized(
     correct_biases(model, codes)
     model = to_precision(model, precision, keep_io=keep_io)
     writer = _Writer(model.graph, SCALE_DTYPES[precision])
-    planned = plan.quantized()
+    planned, tables = plan.quantized(), {entry.name: entry for entry in plan.tables if entry.format is not None}
+    rows = [(name, node) for name, node in lookups(model.graph) if name in tables]
     promises = [
         writer.quantize(product, planned[product.name], codes[product.name])
         for product in products(model.graph)
         if product.name in planned
     ]
+    promises += [writer.store(name, node, tables[name], codes[name]) for name, node in rows]
     writer.finish()
     if any(entry.format == "mxfp8" for entry in planned.values()):
         model.opset_import.append(helper.make_opsetid(TRT, 1))
@@ -139,7 +141,7 @@ class _Writer:
         if plan.input_largest is not None:
             product.node.input[0] = self._input(product.node.input[0], plan, nodes)
         assert plan.format is not None, "only quantized matrices come here"
-        product.node.input[1] = self._weight(product, plan, codes, nodes)
+        product.node.input[1] = self._weight(product.name, plan, codes, nodes, transposed=product.transposed)
         return Promise(
             matrix=product.name,
             node=product.node.name,
@@ -147,6 +149,13 @@ class _Writer:
             format=plan.format,
             weights_only=plan.input_largest is None,
         )
+
+    def store(self, name: str, node: NodeProto, plan: MatrixPlan, codes: Codes) -> Promise:
+        """Replace the table that a node reads rows of by codes."""
+        nodes = self.before.setdefault(node.output[0], [])
+        assert plan.format is not None, "only quantized tables come here"
+        node.input[0] = self._weight(name, plan, codes, nodes, transposed=True)
+        return Promise(matrix=name, node=node.name, decode=nodes[-1].name, format=plan.format, weights_only=True)
 
     def finish(self) -> None:
         """Put the new nodes in place, and drop the weights that nobody reads any more."""
@@ -172,10 +181,10 @@ class _Writer:
     def _taken(self, tensor: str, number: str) -> bool:
         return any(known == (tensor, number) for known in (key[:2] for key in self.inputs))
 
-    def _weight(self, product: Product, plan: MatrixPlan, codes: Codes, nodes: list[NodeProto]) -> str:
-        stem = f"{product.name}.weight"
-        inputs = 1 if product.transposed else 0
-        values, scale = (codes.values.T, codes.scale.T) if product.transposed else (codes.values, codes.scale)
+    def _weight(self, name: str, plan: MatrixPlan, codes: Codes, nodes: list[NodeProto], *, transposed: bool) -> str:
+        stem = f"{name}.weight"
+        inputs = 1 if transposed else 0
+        values, scale = (codes.values.T, codes.scale.T) if transposed else (codes.values, codes.scale)
         coded = self._constant(values, f"{stem}_codes")
         if plan.format == "mxfp8":
             exponents = (np.rint(np.log2(scale)) + _E8M0_BIAS).astype(np.uint8)

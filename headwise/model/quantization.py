@@ -79,19 +79,22 @@ class QuantPlan:
         matrices: every matrix of the graph, in its order.
         smooth: activation tensor -> one exponent per channel. Before anything else, its channels are multiplied by
             ``2 ** -exponent`` and the weights behind it by the inverse, which changes nothing: powers of two are exact.
+        tables: embeddings, with a scale per row, or per block of a row.
     """
 
     matrices: tuple[MatrixPlan, ...]
     smooth: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: tuple[MatrixPlan, ...] = ()
 
     def quantized(self) -> dict[str, MatrixPlan]:
-        """The matrices that change, by name."""
+        """The matrices that change, by name; tables are not among them."""
         return {entry.name: entry for entry in self.matrices if entry.format is not None}
 
     def to_json(self) -> dict[str, Any]:
         return {
             "matrices": [entry.to_json() for entry in self.matrices],
             "smooth": {tap: list(exponents) for tap, exponents in self.smooth.items()},
+            "tables": [entry.to_json() for entry in self.tables],
         }
 
     @classmethod
@@ -99,6 +102,7 @@ class QuantPlan:
         return cls(
             matrices=tuple(MatrixPlan.from_json(entry) for entry in data["matrices"]),
             smooth={tap: tuple(exponents) for tap, exponents in data["smooth"].items()},
+            tables=tuple(MatrixPlan.from_json(entry) for entry in data["tables"]),
         )
 
 

@@ -68,6 +68,9 @@ class Quantize(Spec):
     """Format of keys and values between their projections and the scores: what a cache of them would hold. One scale
     per channel, which goes into the projections around them where the graph allows it."""
 
+    embeddings: Literal["int8", "int4"] | None = None
+    """Format of large embedding tables: int8 with a scale per row, int4 with one per ``block`` of a row."""
+
     budget: Budget | None = None
     """A limit on drop or size; what does not fit into it stays as it is. It measures one matrix at a time."""
 
@@ -76,7 +79,8 @@ class Quantize(Spec):
         chosen = [*self.matrices.values(), *([] if "*" in self.matrices else [self.format])]
         formats = {entry for entry in chosen if entry != "float"}
         found = {scheme(number, weights_only=self._weights_only(number)) for number in formats}
-        return frozenset(found | ({f"{self.kv}-kv"} if self.kv else set()))
+        found |= {f"{self.kv}-kv"} if self.kv else set()
+        return frozenset(found | ({f"{self.embeddings}-table"} if self.embeddings else set()))
 
     def smoothing(
         self, matrices: Sequence[Matrix], ranges: Mapping[str, Observed], read: ReadInput
@@ -131,6 +135,24 @@ class Quantize(Spec):
         entries = tuple(self._entry(matrix, ranges[matrix.tap]) for matrix in matrices)
         return QuantPlan(matrices=entries, smooth=dict(smooth or {}))
 
+    def plan_tables(self, tables: Sequence[Matrix]) -> tuple[MatrixPlan, ...]:
+        """What becomes of embedding tables, each given as (width, rows)."""
+        number = self.embeddings
+        if number is None:
+            return ()
+        block = self.block if number == "int4" else None
+        return tuple(self._blocked(table, number, block) for table in tables)
+
+    def table_codes(
+        self, plans: Sequence[MatrixPlan], tables: Sequence[Matrix], dtype: np.dtype[Any]
+    ) -> dict[str, Codes]:
+        """The numbers that ``plan_tables`` asks for, by name; for ``dtype`` see ``codes``."""
+        return {
+            table.name: quantize_weight(table.weight, plan.format, block=plan.block, dtype=dtype)
+            for table, plan in zip(tables, plans, strict=True)
+            if plan.format is not None
+        }
+
     def moments(self) -> bool:
         """Whether ``codes`` needs the second moment of every activation."""
         return self.rounding == "gptq"
@@ -182,14 +204,19 @@ class Quantize(Spec):
         number = self._format(matrix.name)
         if number == "float":
             return MatrixPlan(name=matrix.name, format=None, reason="as the recipe says")
-        block = self.block if number == "int4" else GRIDS[number].block
+        plan = self._blocked(matrix, number, self.block if number == "int4" else GRIDS[number].block)
+        if plan.format is None or self._weights_only(number):
+            return plan
+        return replace(
+            plan, input_largest=range_of(seen.histogram, self.calibration, number, percentile=self.percentile)
+        )
+
+    @staticmethod
+    def _blocked(matrix: Matrix, number: Format, block: int | None) -> MatrixPlan:
         inputs = len(matrix.weight)
         if block is not None and inputs % block:
             return MatrixPlan(name=matrix.name, format=None, reason=f"{inputs} inputs are no multiple of {block}")
-        largest = None
-        if not self._weights_only(number):
-            largest = range_of(seen.histogram, self.calibration, number, percentile=self.percentile)
-        return MatrixPlan(name=matrix.name, format=number, block=block, input_largest=largest)
+        return MatrixPlan(name=matrix.name, format=number, block=block)
 
     def _format(self, name: str) -> Format | Literal["float"]:
         return next((number for pattern, number in self.matrices.items() if fnmatchcase(name, pattern)), self.format)

@@ -33,6 +33,7 @@ class Planned:
         matrices: of this graph.
         seen: what calibration saw in it.
         plan: what becomes of it.
+        tables: embeddings that the plan has an entry for.
         scales: how many scales were folded and how many are explicit; empty without smoothing.
         kv: what became of keys and values; empty where they stay as they are.
         sweep: drop of every matrix by itself, the metric and the number of samples; empty without a budget.
@@ -42,6 +43,7 @@ class Planned:
     matrices: Sequence[Matrix]
     seen: Mapping[str, Observed]
     plan: QuantPlan
+    tables: Sequence[Matrix] = ()
     scales: Mapping[str, Any] = field(default_factory=dict)
     kv: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +84,9 @@ class Planned:
         write_atomic(folder / PLAN, json.dumps(self.plan.to_json()))
         rows = [
             self._row(matrix, entry, codes, read, dtype)
-            for matrix, entry in zip(self.matrices, self.plan.matrices, strict=True)
+            for matrix, entry in zip(
+                [*self.matrices, *self.tables], [*self.plan.matrices, *self.plan.tables], strict=True
+            )
         ]
         about = {key: self.sweep[key] for key in ("metric", "samples") if key in self.sweep}
         return {"record": {"matrices": rows, "scales": dict(self.scales), "kv": dict(self.kv), "sweep": about}}
@@ -90,11 +94,15 @@ class Planned:
     def _row(
         self, matrix: Matrix, entry: MatrixPlan, codes: Mapping[str, Codes], read: ReadInput, dtype: np.dtype[Any]
     ) -> dict[str, Any]:
-        """One matrix; ``error`` is that of its outputs on calibration tokens."""
-        error, rows = 0.0, self.seen[matrix.tap].rows
+        """One matrix; ``error`` is that of its outputs on calibration tokens, and of a table that of its numbers."""
+        error = 0.0
         if matrix.name in codes:
-            found = read(rows, entry, dtype) @ restore(codes[matrix.name], entry.block, dtype)
-            error = relative_error(rows @ matrix.weight, found)
+            weight = restore(codes[matrix.name], entry.block, dtype)
+            if entry in self.plan.tables:
+                error = relative_error(matrix.weight, weight)
+            else:
+                rows = self.seen[matrix.tap].rows
+                error = relative_error(rows @ matrix.weight, read(rows, entry, dtype) @ weight)
         return {
             "name": matrix.name,
             "inputs": matrix.weight.shape[0],

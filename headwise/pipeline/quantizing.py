@@ -14,12 +14,12 @@ from headwise.calibration.products import ReadInput, dynamic_input, quantized_in
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
 from headwise.export.decode import decode_weights
 from headwise.export.dynamic import write_dynamic
-from headwise.export.matrices import TapRunner, find_matrices, find_taps
+from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.smoothing import require_same, smooth
 from headwise.export.targets import CPU, FULL
-from headwise.model.quantization import Matrix, QuantPlan
+from headwise.model.quantization import Codes, Matrix, QuantPlan
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import DECODED, GRAPH, Graph
 from headwise.pipeline.kv import write_kv
@@ -77,7 +77,7 @@ class Quantizer:
         """
         dtype = SCALE_DTYPES[precision]
         made = self._decide(options, FULL, dtype)
-        codes = options.codes(made.plan, made.matrices, made.seen, quantized_input, dtype)
+        codes = self._codes(options, made, quantized_input, dtype)
         keep_io = self.workspace.recipe.export.keep_io
         written = write_quantized(made.path, folder / GRAPH, made.plan, codes, precision=precision, keep_io=keep_io)
         return {
@@ -91,15 +91,22 @@ class Quantizer:
         """The same for ONNX Runtime on a CPU: integer products, with input ranges of every call."""
         dtype = SCALE_DTYPES["fp32"]
         made = self._decide(options, CPU, dtype)
-        codes = options.codes(made.plan, made.matrices, made.seen, dynamic_input, dtype)
+        codes = self._codes(options, made, dynamic_input, dtype)
         write_dynamic(made.path, folder / GRAPH, made.plan, codes)
         return made.record(codes, dynamic_input, dtype, folder)
+
+    @staticmethod
+    def _codes(options: Quantize, made: Planned, read: ReadInput, dtype: np.dtype[Any]) -> dict[str, Codes]:
+        found = options.codes(made.plan, made.matrices, made.seen, read, dtype)
+        return {**found, **options.table_codes(made.plan.tables, made.tables, dtype)}
 
     def _decide(self, options: Quantize, runtime: str, dtype: np.dtype[Any]) -> Planned:
         """The plan for one runtime, and what it rests on."""
         number = options.kv
         if number is None:
-            return self._within_budget(options, self._smoothed(options, runtime), runtime, dtype)
+            made = self._within_budget(options, self._smoothed(options, runtime), runtime, dtype)
+            tables = find_tables(made.path) if options.embeddings else ()
+            return replace(made, tables=tables, plan=replace(made.plan, tables=options.plan_tables(tables)))
 
         def make(folder: Path) -> dict[str, Any]:
             return {"kv": write_kv(self.workspace, self.monitor, self.source.path, number, folder)}
