@@ -38,7 +38,7 @@ Row = dict[str, Any]
 ALL = ("sm75", "sm86", "sm89", "sm120")
 AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
 PLAIN = {"smooth": None, "clip": False, "bias_correction": False}
-HALF = {"prune-heads": {"ratio": 0.5, "score": "gauss-newton"}}
+HALF = {"prune-heads": {"ratio": 0.5, "score": "contribution"}}
 FLOAT = {"matrices": {"*": "float"}}
 
 
@@ -174,8 +174,8 @@ def measure_cases(inputs: Inputs, part: str, cases: Iterable[Case]) -> None:
 class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Calibration samples, one at a time, as ONNX Runtime's tools want them."""
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], names: set[str]) -> None:
-        self.batches = ({key: value for key, value in batch.items() if key in names} for batch in batches)
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        self.batches = iter(batches)
 
     def get_next(self) -> Mapping[str, Any] | None:
         return next(self.batches, None)
@@ -192,9 +192,11 @@ def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
     calibration = task.encode(sample(train, inputs.samples, 0), checkpoint)
     static = inputs.work / "quantize_static.onnx"
     names = {item.name for item in ort.InferenceSession(dense, providers=["CPUExecutionProvider"]).get_inputs()}
+    stored = [{key: value for key, value in batch.inputs.items() if key in names} for batch in calibration.batches(1)]
+    arrays = {f"{index}.{key}": value for index, batch in enumerate(stored) for key, value in batch.items()}
+    np.savez(inputs.work / "calibration.npz", **arrays)
     if not static.exists():
-        batches = (batch.inputs for batch in calibration.batches(1))
-        quantize_static(dense, static, Reader(batches, names), quant_format=QuantFormat.QDQ)
+        quantize_static(dense, static, Reader(stored), quant_format=QuantFormat.QDQ)
     with TorchRunner(checkpoint.module) as runner:
         reference = predict(runner, task, examples)
     rows = []

@@ -141,8 +141,10 @@ def test_ranges_of_heads_are_those_of_their_channels() -> None:
 
 def test_a_graph_without_attention_is_refused(tmp_path: Path) -> None:
     text = BLOCK.replace("a = Attention(qt, kt, vt)", "a = Add(qt, qt)")
-    with pytest.raises(ExportError, match="no attention whose keys and values can be told"):
+    with pytest.raises(ExportError, match="the keys and values of the attention cannot be told"):
         find_cached(onnx.parser.parse_model(text))
+    with pytest.raises(ExportError, match=r"the keys and values of layer\.1 cannot be told"):
+        find_cached(onnx.load(str(block(tmp_path))), ["layer.1"])
 
 
 def test_targets_know_the_formats_of_caches() -> None:
