@@ -21,7 +21,7 @@ from headwise.passes.base import Pass, make_plan, run_pass
 from headwise.passes.prune_heads import PruneHeads
 from headwise.tolerances import TWIN
 
-OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}}
+OPTIONS = {"prune-heads": {"ratio": 0.5}, "prune-mlp": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}}
 """Options for passes that have required ones."""
 INSTEAD = {("share-kv", "qwen3"): {"ratio": 0.5, "merge": "mean"}}
 """Where a family needs other options; that the usual ones are refused is tested with the pass."""
@@ -36,7 +36,8 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
         return task, Examples.of(examples.rows * 8, source="made up", padding=examples.padding)
     rows = [{n: t[0].numpy() for n, t in make_inputs(family, seed).items()} for seed in range(20)]
     task = make_task(FidelityOptions.model_validate({"type": "fidelity", "data": {"path": "unused.npz"}}))
-    return task, Examples.of(rows, source="made up", padding={"input_ids": 0, "attention_mask": 0})
+    padding = {"input_ids": 0, "attention_mask": 0}
+    return task, Examples.of(rows, source="made up", padding=padding, facts={"pooling": "mean"})
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
@@ -202,5 +203,5 @@ def test_a_touched_bystander_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             view.module.get_parameter("digit.weight").add_(1e-6)
 
     monkeypatch.setattr(surgery, "set_output", wrong)
-    with pytest.raises(SurgeryError, match="outside the attention layers"):
+    with pytest.raises(SurgeryError, match="outside the attention layers and MLPs"):
         run_pass(PruneHeads(ratio=0.5), view, teacher, task, examples)

@@ -1,10 +1,11 @@
-"""Closed-form refit of an output projection: the recovery that needs no training.
+"""Closed-form refit of an output or down projection: the recovery that needs no training.
 
-After heads were removed or merged, the best output projection for what is left is a ridge regression of the untouched
-layer's output on the head outputs that the edited layer has. Layers are solved in the order in which they run, and the
-target includes what earlier layers got wrong, so that errors do not add up.
+After heads or neurons were removed or merged, the best projection of what is left is a ridge regression of the
+untouched layer's output on the features that the edited layer has: its head outputs, or what its neurons give. Layers
+are solved in the order in which they run, and the target includes what earlier layers got wrong, so that errors do not
+add up.
 
-Shape letters: D model width, N query heads, H head_dim; F = N * H features, plus one constant where there is a bias.
+Shape letters: D model width; F features (query heads times head_dim, or neurons), plus one where there is a bias.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from headwise.calibration.tasks import Examples
+from headwise.calibration.tokens import valid_tokens
 from headwise.errors import DataError
+from headwise.model.access import watched_input
 from headwise.model.forward import run, to_torch
+from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 
@@ -26,8 +31,8 @@ class OutputFit:
     """The solution for one layer.
 
     Attributes:
-        layer: index of the layer.
-        weight: (D, N, H).
+        layer: index of the attention layer or MLP.
+        weight: (D, F).
         bias: (D,), or None where the layer has none.
         before: squared error on the calibration tokens relative to the target's energy, with the old weights.
         after: the same with the new ones; never larger.
@@ -50,21 +55,23 @@ def fit_output(
     layer: int,
     examples: Examples,
     *,
+    mlp: bool = False,
     ridge: float = 1.0,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> OutputFit:
     """Solve ``argmin ||O W - Y||^2 + lam ||W - W_0||^2`` for one layer, in float64 over valid tokens.
 
-    ``O`` are the student's head outputs with a constant column, ``W_0`` its present weights, ``lam`` is ``ridge`` times
+    ``O`` are the student's features with a constant column, ``W_0`` its present weights, ``lam`` is ``ridge`` times
     the mean diagonal of ``O^T O``; the constant is not penalised. ``Y`` is the teacher's layer output plus the
-    difference between the two residual streams.
+    difference between the two residual streams, where it is known what the output is added to.
 
     Args:
         student: the edited model; layers before ``layer`` are final.
         teacher: the untouched model.
-        layer: which layer to solve.
+        layer: which attention layer to solve, or which MLP.
         examples: calibration samples; at least as many tokens as features are needed.
+        mlp: solve the down projection of an MLP.
         ridge: strength of the pull towards the present weights; weak values overfit the calibration text.
         batch_size: samples per batch.
         progress: called with the number of samples of every finished batch.
@@ -72,27 +79,27 @@ def fit_output(
     Raises:
         DataError: fewer calibration tokens than features.
     """
-    ours, theirs = student.attention[layer], teacher.attention[layer]
-    old = ours.read()
-    weight = old.output.flatten(1).T.double()
-    if old.output_bias is not None:
-        weight = torch.cat([weight, old.output_bias.double()[None]])
+    ours, theirs = (model.mlp[layer] if mlp else model.attention[layer] for model in (student, teacher))
+    old, old_bias = ours.linear()
+    weight = old.T.double()
+    if old_bias is not None:
+        weight = torch.cat([weight, old_bias.double()[None]])
     features, width = weight.shape
     gram = torch.zeros(features, features, dtype=torch.float64)
     cross = torch.zeros(features, width, dtype=torch.float64)
     energy, tokens = 0.0, 0
     for batch in examples.batches(batch_size):
         inputs = to_torch(batch.inputs)
-        heads, _, residual = _observe(student, ours, inputs)
-        _, target, original = _observe(teacher, theirs, inputs)
-        if ours.residual and residual.shape == target.shape:
-            target = target + original - residual
+        seen, wanted = _observe(student, ours, inputs), _observe(teacher, theirs, inputs)
+        target = wanted["output"]
+        if "residual" in seen and seen["residual"].shape == target.shape:
+            target = target + wanted["residual"] - seen["residual"]
         valid = batch.valid()
-        keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
-        o = _tokens(heads.flatten(2), keep)
-        if old.output_bias is not None:
+        mask = None if valid is None else torch.as_tensor(valid)
+        o = valid_tokens(seen["features"], mask).double()
+        if old_bias is not None:
             o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
-        y = _tokens(target, keep)
+        y = valid_tokens(target, mask).double()
         gram += o.T @ o
         cross += o.T @ y
         energy += float(y.square().sum())
@@ -101,16 +108,15 @@ def fit_output(
             progress(len(batch.samples))
     if tokens < features:
         raise DataError(
-            f"{tokens} calibration tokens for {features} features of layer {layer}",
+            f"{tokens} calibration tokens for {features} features of {'MLP' if mlp else 'layer'} {layer}",
             expected=f"at least {features}, better ten times as many",
             fix="raise calibration.samples, or set refit: false",
         )
-    solved = _solve(gram, cross, weight, ridge, constant=old.output_bias is not None)
-    new_weight = solved[: old.output.shape[1] * old.output.shape[2]].T.unflatten(1, old.output.shape[1:])
+    solved = _solve(gram, cross, weight, ridge, constant=old_bias is not None)
     return OutputFit(
         layer=layer,
-        weight=new_weight.to(old.output.dtype),
-        bias=None if old.output_bias is None else solved[-1].to(old.output.dtype),
+        weight=solved[: old.shape[1]].T.to(old.dtype),
+        bias=None if old_bias is None else solved[-1].to(old.dtype),
         before=_error(gram, cross, energy, weight),
         after=_error(gram, cross, energy, solved),
     )
@@ -122,10 +128,13 @@ def _solve(
     penalty = torch.full((len(gram),), 1.0, dtype=torch.float64)
     if constant:
         penalty[-1] = 0.0
-    # Scaled by the features alone: the constant column says nothing about the size of head outputs.
+    # Scaled by the features alone: the constant column says nothing about their size.
     penalty *= ridge * gram.diagonal()[penalty > 0].mean()
     left = gram + torch.diag(penalty)
     right = cross + penalty[:, None] * weight
+    factor, failed = torch.linalg.cholesky_ex(left)
+    if not int(failed):
+        return torch.cholesky_solve(right, factor)
     solution: torch.Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
     return solution
 
@@ -137,9 +146,9 @@ def _error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch
 
 
 def _observe(
-    model: ModelView, layer: AttentionView, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Head outputs, layer output and residual stream of one layer; nothing behind it is computed."""
+    model: ModelView, layer: AttentionView | MlpView, inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Features, output and, where it is known, residual stream of one layer; nothing behind it is computed."""
     seen: dict[str, torch.Tensor] = {}
 
     def output(tensor: torch.Tensor) -> None:
@@ -147,20 +156,16 @@ def _observe(
         raise _Stop
 
     with ExitStack() as stack, torch.inference_mode():
-        stack.enter_context(layer.watch_residual(lambda tensor: seen.__setitem__("residual", tensor)))
-        stack.enter_context(layer.watch_heads(lambda tensor: seen.__setitem__("heads", tensor)))
+        if layer.residual:
+            stack.enter_context(layer.watch_residual(partial(seen.__setitem__, "residual")))
+        stack.enter_context(watched_input(layer.output, partial(seen.__setitem__, "features")))
         stack.enter_context(layer.watch_output(output))
         try:
             run(model.module, inputs)
         except _Stop:
-            return seen["heads"], seen["output"], seen["residual"]
+            return seen
     raise DataError(
         f"layer {layer.index} ({layer.path}) did not run",
-        expected="an attention layer that every sample passes through",
+        expected="a layer that every sample passes through",
         fix="exclude the layer, or feed the inputs that reach it",
     )
-
-
-def _tokens(tensor: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, ...) -> (valid tokens, ...) in float64."""
-    return (tensor.flatten(0, 1) if keep is None else tensor[keep]).double()

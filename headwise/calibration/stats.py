@@ -1,4 +1,4 @@
-"""Statistics of the attention heads, all of them collected in one run over the calibration data.
+"""Statistics of heads and neurons, collected in one run over the calibration data, or two where means come first.
 
 Shape letters: B batch rows, T tokens, D model width, N query heads of a layer, H head_dim, M heads of all layers.
 """
@@ -13,7 +13,12 @@ from functools import partial
 
 import torch
 
+from headwise.calibration.neurons import NeuronSums
+from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
+from headwise.calibration.tokens import valid_tokens
+from headwise.calibration.units import Draws, Means, unit_gradients
+from headwise.calibration.work import count_tokens
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
 from headwise.model.view import AttentionView, ModelView
@@ -22,7 +27,7 @@ Progress = Callable[[int], None]
 
 
 class Stat(StrEnum):
-    """What can be measured about heads; passes name the ones that they need."""
+    """What can be measured about heads and neurons; passes name the ones that they need."""
 
     CONTRIBUTION = "contribution"
     """Per layer (N,): mean over tokens of the L1 norm of the head's part of the layer output (arXiv 2504.21174)."""
@@ -33,6 +38,22 @@ class Stat(StrEnum):
     INPUT_MOMENT = "input-moment"
     """Per layer (D + 1, D + 1): mean over tokens of ``x x^T``, x = the input of keys and values with a 1 behind it."""
 
+    NEURON_MEAN = "neuron-mean"
+    """Per MLP (F,): mean over tokens of what a neuron gives."""
+
+    NEURON_SIZE = "neuron-size"
+    """Per MLP (F,): mean over tokens of the absolute value of what a neuron gives."""
+
+    TOKENS = "tokens"
+    """Per attention layer, then per MLP, (3,): the tokens that it works on, see ``calibration.work.count_tokens``."""
+
+    UNIT_FISHER = "unit-fisher"
+    """Per attention layer (N, N), then per MLP (F,): mean product of a sample's gradients of the loss with respect to
+    gates that put means in place of heads and neurons, see ``calibration.units``. Needs labels."""
+
+    UNIT_GAUSS_NEWTON = "unit-gauss-newton"
+    """The same shapes: E[J^T J] of the label-free signal, by Hutchinson draws."""
+
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
 
@@ -41,6 +62,7 @@ class Stat(StrEnum):
 
 
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
+UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +92,10 @@ def collect(
     batch_size: int = 32,
     draws: int = 4,
     seed: int = 0,
+    sequence: int | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
-    """Run the model once over ``examples`` and keep what ``needs`` asks for.
+    """Run the model over ``examples`` and keep what ``needs`` asks for.
 
     Args:
         view: the model; its weights are not changed.
@@ -80,19 +103,42 @@ def collect(
         examples: calibration samples.
         needs: the statistics to collect.
         batch_size: samples per batch; results do not depend on it beyond rounding.
-        draws: random projections of the signal per sample for ``GAUSS_NEWTON``.
+        draws: random projections of the signal per sample for Gauss-Newton statistics.
         seed: seed of these projections.
-        progress: called with the number of samples of every finished batch.
+        sequence: tokens per sample for ``TOKENS``; None: 128, or what the model can take.
+        progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
         DataError: a statistic is not finite on these data.
     """
-    sums = _Sums(view, frozenset(needs), draws, seed)
+    asked = frozenset(needs)
+    units = asked & UNITS
+    sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
-        if progress is not None:
+        if progress is not None and not units:
             progress(len(batch.samples))
-    return sums.result(len(examples), examples.digest)
+    values = sums.values(len(examples))
+    if units:
+        means = Means(heads=values[Stat.HEAD_MEAN], neurons=values[Stat.NEURON_MEAN])
+        for stat in sorted(units):
+            chosen = Draws(count=draws, seed=seed) if stat == Stat.UNIT_GAUSS_NEWTON else None
+            values[stat] = unit_gradients(view, task, examples, means, chosen, batch_size=batch_size, progress=progress)
+    if Stat.TOKENS in asked:
+        values[Stat.TOKENS] = count_tokens(view, to_torch(cost_row(view.module, examples, sequence)))
+    return _checked(HeadStats(values=values, samples=len(examples), digest=examples.digest))
+
+
+def _checked(stats: HeadStats) -> HeadStats:
+    for stat, tensors in stats.values.items():
+        for layer, tensor in enumerate(tensors):
+            if not torch.isfinite(tensor).all():
+                raise DataError(
+                    f"the statistic {stat} of layer {layer} is not finite",
+                    expected="finite head outputs and neurons on every calibration sample",
+                    fix="look for broken samples in the calibration data, or for a model that overflows",
+                )
+    return stats
 
 
 class _Sums:
@@ -111,6 +157,7 @@ class _Sums:
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
+        self.neurons = NeuronSums(view)
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
         inputs = to_torch(batch.inputs)
@@ -120,6 +167,8 @@ class _Sums:
         rows = len(batch.samples) * batch.per_sample
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
+            if self.needs & {Stat.NEURON_MEAN, Stat.NEURON_SIZE}:
+                stack.enter_context(self.neurons.watched(mask))
             for layer in self.view.attention:
                 stack.enter_context(self._watched(layer, mask))
                 if Stat.INPUT_MOMENT in self.needs:
@@ -137,7 +186,7 @@ class _Sums:
     @contextmanager
     def _watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
         def see(heads: torch.Tensor) -> None:
-            tokens = _valid(heads.detach(), mask)
+            tokens = valid_tokens(heads.detach(), mask)
             self.tokens[layer.index] += len(tokens)
             if Stat.HEAD_MEAN in self.needs:
                 self.mean[layer.index] += tokens.double().sum(0)
@@ -151,7 +200,7 @@ class _Sums:
             yield
 
     def _add_moment(self, index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-        tokens = _valid(inputs.detach(), mask).double()
+        tokens = valid_tokens(inputs.detach(), mask).double()
         tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
         self.moments[index] = self.moments.get(index, 0) + tokens.T @ tokens
 
@@ -166,12 +215,17 @@ class _Sums:
             gradient = self._gate_gradient((signal * projection).sum(), gates)
             self.gauss_newton += gradient.T @ gradient / self.draws
 
-    def result(self, samples: int, digest: str) -> HeadStats:
+    def values(self, samples: int) -> dict[Stat, tuple[torch.Tensor, ...]]:
+        """The statistics over so many samples."""
         every: dict[Stat, tuple[torch.Tensor, ...]] = {}
         if Stat.CONTRIBUTION in self.needs:
             every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
         if Stat.HEAD_MEAN in self.needs:
             every[Stat.HEAD_MEAN] = tuple(s / n for s, n in zip(self.mean, self.tokens, strict=True))
+        if Stat.NEURON_MEAN in self.needs:
+            every[Stat.NEURON_MEAN] = self.neurons.mean()
+        if Stat.NEURON_SIZE in self.needs:
+            every[Stat.NEURON_SIZE] = self.neurons.size()
         if Stat.INPUT_MOMENT in self.needs:
             # The last entry counts the tokens.
             every[Stat.INPUT_MOMENT] = tuple(m / m[-1, -1] for _, m in sorted(self.moments.items()))
@@ -180,17 +234,4 @@ class _Sums:
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
-        for stat, tensors in every.items():
-            for layer, tensor in enumerate(tensors):
-                if not torch.isfinite(tensor).all():
-                    raise DataError(
-                        f"the statistic {stat} of layer {layer} is not finite",
-                        expected="finite head outputs on every calibration sample",
-                        fix="look for broken samples in the calibration data, or for a model that overflows",
-                    )
-        return HeadStats(values=every, samples=samples, digest=digest)
-
-
-def _valid(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, ...) -> (tokens, ...), without padding where the mask speaks about these tokens."""
-    return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)
+        return every

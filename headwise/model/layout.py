@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from headwise.errors import PlanError
+from headwise.model.neurons import DropNeurons, MlpLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,48 +58,6 @@ class AttentionLayout:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
         return cls(query=tuple(data["query"]), kv=tuple(data["kv"]), head_dim=int(data["head_dim"]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MlpLayout:
-    """The neurons of one MLP, by their ids in the original checkpoint.
-
-    Attributes:
-        neurons: original ids of the neurons that are left, in storage order.
-        width: neurons that the original checkpoint had.
-    """
-
-    neurons: tuple[int, ...]
-    width: int
-
-    def without(self, neurons: Sequence[int]) -> MlpLayout:
-        """The layout after removing these neurons."""
-        gone = set(neurons)
-        return replace(self, neurons=tuple(neuron for neuron in self.neurons if neuron not in gone))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"width": self.width, "neurons": ranges(self.neurons)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> MlpLayout:
-        return cls(neurons=from_ranges(data["neurons"]), width=int(data["width"]))
-
-
-def ranges(ids: Sequence[int]) -> str:
-    """``(0, 1, 2, 5, 7, 8)`` as ``"0-2 5 7-8"``: an MLP has thousands of neurons, of which most are neighbours."""
-    runs: list[list[int]] = []
-    for identity in ids:
-        if runs and identity == runs[-1][1] + 1:
-            runs[-1][1] = identity
-        else:
-            runs.append([identity, identity])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def from_ranges(text: str) -> tuple[int, ...]:
-    """What ``ranges`` wrote."""
-    ends = [(first, last or first) for first, _, last in (run.partition("-") for run in text.split())]
-    return tuple(identity for first, last in ends for identity in range(int(first), int(last) + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,8 +185,8 @@ class ShareKV:
         return cls(layer=int(data["layer"]), groups=tuple(tuple(group) for group in data["groups"]))
 
 
-Edit = DropHeads | ShareKV
-EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV)}
+Edit = DropHeads | ShareKV | DropNeurons
+EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV, DropNeurons)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,18 +229,20 @@ class EditPlan:
         return self._walk(layout, check=False)
 
     def _walk(self, layout: Layout, *, check: bool) -> Layout:
-        layers = list(layout.attention)
+        attention, mlp = list(layout.attention), list(layout.mlp)
         for edit in self.edits:
+            layers: list[Any] = mlp if isinstance(edit, DropNeurons) else attention
             if not 0 <= edit.layer < len(layers):
+                what = "MLP" if isinstance(edit, DropNeurons) else "layer"
                 raise PlanError(
-                    f"the plan edits layer {edit.layer}",
-                    expected=f"a layer from 0 to {len(layers) - 1}",
+                    f"the plan edits {what} {edit.layer}",
+                    expected=f"one from 0 to {len(layers) - 1}",
                     fix="plan on this model, not on another one",
                 )
             if check:
                 edit.check(layers[edit.layer])
             layers[edit.layer] = edit.apply(layers[edit.layer])
-        return replace(layout, attention=tuple(layers))
+        return Layout(attention=tuple(attention), mlp=tuple(mlp))
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()

@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, D model width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
 from headwise.model.families import Family, FeedForward
-from headwise.model.layout import MlpLayout
+from headwise.model.neurons import MlpLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,7 @@ class MlpView:
         path: dotted name of the block from the root of the model; ``block``: the block itself.
         record: where the block keeps its MLP.
         transposed: weights are stored as (in, out).
+        residual: whether it is known what the output is added to.
         layout: the neurons that it has; surgery sets it together with the weights.
     """
 
@@ -53,6 +54,7 @@ class MlpView:
         self.block = block
         self.record = record
         self.transposed = family.transposed
+        self.residual = bool(record.residual)
         self.layout = self.count()
 
     @property
@@ -62,15 +64,19 @@ class MlpView:
         return tuple(".".join(filter(None, (self.path, name))) for name in names if name)
 
     @property
-    def down(self) -> nn.Module:
+    def output(self) -> nn.Module:
         """The projection out of the neurons; its input is what they give, (B, T, F)."""
         module = attribute(self.block, self.record.down)
         assert isinstance(module, nn.Module)
         return module
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The down projection as (D, F), and its bias."""
+        return matrix(self.output, transposed=self.transposed)
+
     def count(self) -> MlpLayout:
         """The layout that the weights have now, with neurons numbered by position."""
-        neurons = matrix(self.down, transposed=self.transposed)[0].shape[1]
+        neurons = self.linear()[0].shape[1]
         return MlpLayout(neurons=tuple(range(neurons)), width=neurons)
 
     def read(self) -> MlpWeights:
@@ -82,31 +88,32 @@ class MlpView:
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
         elif self.record.gate:
             gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.transposed)
-        down, down_bias = matrix(self.down, transposed=self.transposed)
+        down, down_bias = self.linear()
         return MlpWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
 
     @contextmanager
-    def gate(self, scale: torch.Tensor) -> Iterator[None]:
+    def gate(self, scale: torch.Tensor, instead: torch.Tensor | None = None) -> Iterator[None]:
         """Scale what each neuron gives while the block runs.
 
         Args:
             scale: (F,), or (B, F) for one gate per sample. Zero is the exact twin of removing the neuron.
+            instead: (F,) what a closed neuron gives in place of zero.
         """
 
         def scaled(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             # Some blocks flatten samples and tokens before their MLP: (B * T, F).
             neurons = args[0]
-            if scale.dim() == 1:
-                return (neurons * scale, *args[1:])
-            per_row = neurons.unflatten(0, (len(scale), -1)) if neurons.dim() == 2 else neurons
-            return ((per_row * scale[:, None]).reshape(neurons.shape), *args[1:])
+            per_row = neurons.unflatten(0, (len(scale), -1)) if scale.dim() == 2 == neurons.dim() else neurons
+            gates = scale if scale.dim() == 1 else scale[:, None]
+            gated = per_row * gates if instead is None else instead + (per_row - instead) * gates
+            return (gated.reshape(neurons.shape), *args[1:])
 
-        with hooked(self.down.register_forward_pre_hook(scaled)):
+        with hooked(self.output.register_forward_pre_hook(scaled)):
             yield
 
     def watch_neurons(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what the neurons give, (B, T, F), on every forward."""
-        return watched_input(self.down, see)
+        return watched_input(self.output, see)
 
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the MLP's input, (B, T, D), on every forward."""
@@ -114,10 +121,8 @@ class MlpView:
 
     def watch_output(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the output of the down projection, (B, T, D)."""
-        return watched_output(self.down, see)
+        return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with the residual stream that the output is added to, (B, T, D); never where there is none."""
-        if not self.record.residual:
-            return nullcontext()
+        """Call ``see`` with the residual stream that the output is added to, (B, T, D); only where that is known."""
         return watched_input(attribute(self.block, self.record.residual), see)

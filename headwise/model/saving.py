@@ -1,4 +1,4 @@
-"""Save checkpoints, also those whose layers differ in their head counts."""
+"""Save checkpoints, also those whose layers differ in their heads or neurons."""
 
 from __future__ import annotations
 
@@ -54,24 +54,39 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
 
 def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
-    module, layout, counted = checkpoint.module, view.layout, _stock_config(view)
-    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    unchanged = counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
-    stock = unchanged or (uniform(layout.attention) and bool(counted))
-    config = module.config
-    original = copy.deepcopy(config)
+    module: Any = checkpoint.module
+    original = module.config
+    stock = _config_for(view, module)
     try:
-        if stock and not unchanged:
-            for name, count in counted.items():
-                setattr(config, name, count(next(iter(layout.attention))))
+        module.config = stock or original
         # The original format renames weights in a way that only the stock loader undoes.
         with quietly():
-            module.save_pretrained(str(folder), save_original_format=stock)  # type: ignore[operator]
+            module.save_pretrained(str(folder), save_original_format=stock is not None)
     finally:
         module.config = original
     if checkpoint.folder is not None:
         _copy_companions(checkpoint.folder, folder)
-    return stock
+    return stock is not None
+
+
+def _config_for(view: ModelView, module: Any) -> Any:
+    """A config from which the stock class makes a model of these shapes; None where no config can say it."""
+    layout, untouched = view.layout, ModelView.of(fresh(module)).layout
+    counts, before = ([(len(e.query), len(e.kv)) for e in which.attention] for which in (layout, untouched))
+    widths, old_widths = ([len(e.neurons) for e in which.mlp] for which in (layout, untouched))
+    config = copy.deepcopy(module.config)
+    if counts != before:
+        if not uniform(layout.attention) or not _stock_config(view):
+            return None
+        for name, count in _stock_config(view).items():
+            setattr(config, name, count(next(iter(layout.attention))))
+    if widths != old_widths:
+        sizes = {mlp.record.size for mlp in view.mlp}
+        if len(set(widths)) > 1 or len(sizes) > 1 or "" in sizes:
+            return None
+        setattr(config, sizes.pop(), widths.pop())
+    made = {name: tensor.shape for name, tensor in fresh(module, config).state_dict().items()}
+    return config if made == {name: tensor.shape for name, tensor in module.state_dict().items()} else None
 
 
 def _stock_config(view: ModelView) -> Mapping[str, Count]:
@@ -84,11 +99,16 @@ def _stock_config(view: ModelView) -> Mapping[str, Count]:
 
 
 def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
-    """Head counts in the schema of transformers' ``per_layer_config``."""
-    return {
+    """Head counts and MLP widths in the schema of transformers' ``per_layer_config``."""
+    found: dict[str, dict[str, int | list[int]]] = {
         str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}
         for layer in view.attention
     }
+    index = {id(layer.block): str(layer.index) for layer in view.attention}
+    for mlp in view.mlp:
+        if mlp.record.size:
+            found[index[id(mlp.block)]][mlp.record.size] = len(mlp.layout.neurons)
+    return found
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -10,11 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from headwise.errors import SurgeryError
 from headwise.model.access import assign, attribute
 from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, ShareKV
+from headwise.model.mlp import MlpView
+from headwise.model.neurons import DropNeurons
+from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
+from headwise.model.surgery_store import store
 from headwise.model.view import AttentionView, ModelView, Projections
 
 
@@ -53,12 +56,13 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     plan.check(model.layout)
     predicted = plan.predict(model.layout)
     for position, edit in enumerate(plan.edits):
-        layer = model.attention[edit.layer]
         match edit:
             case DropHeads():
-                drop_heads(layer, edit)
+                drop_heads(model.attention[edit.layer], edit)
             case ShareKV():
-                share_kv(layer, edit, (payloads or {})[position])
+                share_kv(model.attention[edit.layer], edit, (payloads or {})[position])
+            case DropNeurons():
+                drop_neurons(model.mlp[edit.layer], edit)
     counted = tuple(view.count() for view in model.attention)
     for view, want, have in zip(model.attention, predicted.attention, counted, strict=True):
         if view.layout != want or (len(have.query), len(have.kv)) != (len(want.query), len(want.kv)):
@@ -67,19 +71,31 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 expected=f"{len(want.query)} and {len(want.kv)}, as planned",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
+    for mlp, left in zip(model.mlp, predicted.mlp, strict=True):
+        if mlp.layout != left or len(mlp.count().neurons) != len(left.neurons):
+            raise SurgeryError(
+                f"MLP {mlp.index} has {len(mlp.count().neurons)} neurons after surgery",
+                expected=f"{len(left.neurons)}, as planned",
+                fix="this is a bug in headwise; please report it with the model type and the plan",
+            )
 
 
 @contextmanager
 def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
-    Dropped heads are gated to zero. Shared heads are written out for each of their readers.
+    Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers.
     """
     with ExitStack() as stack:
         for layer in model.attention:
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
             gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
             stack.enter_context(layer.gate(torch.tensor(gates, dtype=layer.read().output.dtype)))
+        for mlp in model.mlp:
+            gone = {n for e in plan.edits if isinstance(e, DropNeurons) and e.layer == mlp.index for n in e.neurons}
+            if gone:
+                gates = [0.0 if neuron in gone else 1.0 for neuron in mlp.layout.neurons]
+                stack.enter_context(mlp.gate(torch.tensor(gates, dtype=mlp.linear()[0].dtype)))
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 stack.enter_context(_written_out(model.attention[edit.layer], edit, (payloads or {})[position]))
@@ -159,22 +175,23 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
     write(view, new, layout)
 
 
-def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Replace the output projection.
+def set_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Replace the output projection of an attention layer, or the down projection of an MLP.
 
     Args:
         view: the layer.
-        weight: (D, N, H).
+        weight: (D, N, H) or (D, N * H) for attention, (D, F) for an MLP.
         bias: (D,), or None where the layer has none.
     """
-    old = view.read()
-    if (bias is None) != (old.output_bias is None):
+    old, old_bias = view.linear()
+    if (bias is None) != (old_bias is None):
         raise SurgeryError(
             f"layer {view.index}: a bias {'is missing' if bias is None else 'is given'} for the output projection",
             expected="a bias exactly where the original layer has one",
             fix="fold constants only into layers that have an output bias",
         )
-    write(view, replace(old, output=weight, output_bias=bias), view.layout)
+    transposed = view.transposed if isinstance(view, MlpView) else view.family.transposed
+    store(view.output, weight.reshape(old.shape), bias, transposed=transposed)
 
 
 def reshape(model: ModelView, layout: Layout) -> None:
@@ -193,6 +210,8 @@ def reshape(model: ModelView, layout: Layout) -> None:
             output_bias=old.output_bias,
         )
         write(view, zeros, entry)
+    for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
+        reshape_mlp(mlp, neurons)
 
 
 def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
@@ -202,30 +221,14 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
     biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
     if family.fused:
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        _store(view, family.query, torch.cat(weights), bias)
+        store(attribute(view.module, family.query), torch.cat(weights), bias, transposed=family.transposed)
     else:
         for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
-            _store(view, path, weight, bias)
-    _store(view, family.output, new.output.flatten(1), new.output_bias)
+            store(attribute(view.module, path), weight, bias, transposed=family.transposed)
+    store(view.output, new.output.flatten(1), new.output_bias, transposed=family.transposed)
     for path, count in family.bookkeeping.items():
         assign(view.module, path, count(layout))
     view.layout = layout
-
-
-def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Put a weight of shape (out, in) into the projection at ``path``, whatever its class calls its sizes."""
-    module: nn.Module = attribute(view.module, path)
-    out_features, in_features = weight.shape
-    stored = weight.T if view.family.transposed else weight
-    old = module.get_parameter("weight")
-    trained = old.requires_grad
-    module.register_parameter("weight", nn.Parameter(stored.to(old.dtype).contiguous().clone(), trained))
-    if bias is not None:
-        module.register_parameter("bias", nn.Parameter(bias.to(old.dtype).clone(), trained))
-    sizes = {"out_features": out_features, "in_features": in_features, "nf": out_features, "nx": in_features}
-    for name, size in sizes.items():
-        if hasattr(module, name):
-            setattr(module, name, size)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -240,7 +240,7 @@ def _head_map(stage: Stage, columns: int) -> HeadMap:
         before=tuple(layer.query for layer in before),
         after=tuple(layer.query for layer in after),
         columns=columns,
-        refit={int(fit["layer"]): fit for fit in record.get("refit") or []},
+        refit={int(fit["layer"]): fit for fit in record.get("refit") or [] if fit.get("part") != "mlp"},
         twin_error=record.get("twin_error"),
         rolled_back=stage["status"] == "rolled-back",
     )
