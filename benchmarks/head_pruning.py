@@ -32,7 +32,7 @@ from headwise.export.runners import TorchRunner
 from headwise.gates.cost import device_name
 from headwise.gates.measure import Predictions, measure, predict
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
-from headwise.model.layout import EditPlan
+from headwise.model.edits import EditPlan
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.prune_heads import PruneHeads

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FACTORIES, STOCK, largest_difference, make_inputs, make_model
+from conftest import FACTORIES, IMAGES, STOCK, largest_difference, make_inputs, make_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headwise.errors import CheckpointError, DataError, PlanError, StorageError, UnsupportedModelError
 from headwise.model import surgery
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run
-from headwise.model.layout import DropHeads, EditPlan, Layout
+from headwise.model.layout import Layout
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 
@@ -58,7 +59,7 @@ def test_equal_layers_load_with_plain_transformers(family: str, tmp_path: Path) 
     view = checkpoint.view()
     prune(view, equal=True)
     save_checkpoint(checkpoint, view, tmp_path)
-    auto = transformers.AutoModel if family == "vit" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModel if family in IMAGES | {"t5"} else transformers.AutoModelForCausalLM
     stock = auto.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert largest_difference(run(view.module, inputs), run(stock, inputs)) == 0.0

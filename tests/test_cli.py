@@ -13,14 +13,16 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from conftest import HEADS, KV_HEADS, LAYERS, MODELS, WIDTH, make_model
+from conftest import DECODERS, GROUPED, HEADS, KV_HEADS, LAYERS, MODELS, WIDTH, make_model
 from runs import PLAIN, copied, finished, plain_files, write_recipe
 
 import headwise
 from headwise.cli import main
 from headwise.export import runners
 from headwise.model.checkpoint import Checkpoint
+from headwise.model.limits import limits
 from headwise.model.saving import save_checkpoint
+from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.pipeline import evaluation, run, stages
 from headwise.pipeline.monitor import RichMonitor
@@ -291,7 +293,7 @@ def seeded() -> Any:
 # ---------------------------------------------------------------------------------------------- inspect, plan, passes
 
 
-@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "torch"])
+@pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "llama", "gemma2", "clip", "torch"])
 def test_inspect(tmp_path: Path, name: str) -> None:
     module: Any = make_model(name)
     if name == "torch":
@@ -303,7 +305,7 @@ def test_inspect(tmp_path: Path, name: str) -> None:
     result = headwise_command("inspect", tmp_path, "--json", "--sequence", "16")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    kv_heads = KV_HEADS if name == "llama" else HEADS
+    kv_heads = KV_HEADS if name in GROUPED else HEADS
     assert [(layer["query_heads"], layer["kv_heads"]) for layer in found["layers"]] == [(HEADS, kv_heads)] * LAYERS
     neurons = 4 * WIDTH if name == "gpt2" else 48
     assert [(mlp["neurons"], mlp["width"]) for mlp in found["mlps"]] == [(neurons, neurons)] * LAYERS
@@ -316,9 +318,13 @@ def test_inspect(tmp_path: Path, name: str) -> None:
     else:
         assert 0 < found["attention_macs"] < found["macs"]
     # Keys and values of 2 bytes in every layer and kv head; nothing is cached where attention looks both ways.
-    width = 6 if name == "llama" else 8
-    assert found["kv_bytes_per_token"] == (2 * 2 * LAYERS * kv_heads * width if name in ("llama", "gpt2") else 0)
+    width = 6 if name in GROUPED else 8
+    assert found["kv_bytes_per_token"] == (2 * 2 * LAYERS * kv_heads * width if name in DECODERS else 0)
+    assert found["limits"] == list(limits(ModelView.of(module)))
     table = headwise_command("inspect", tmp_path).stdout
+    shown = "".join(table.split())
+    assert all("".join(limit.split()) in shown for limit in found["limits"])
+    assert ("limits\n" in table) == (name != "torch")
     assert max(map(len, table.splitlines())) <= max(80, len(str(tmp_path)) + 60)
     assert f"{found['parameters']:,}" in table
     assert found["layers"][0]["path"] in table

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from headwise.errors import PlanError
-from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, Scores, uniform
+from headwise.model.edits import DropHeads, EditPlan, Scores
+from headwise.model.layout import AttentionLayout, Layout, uniform
 
 MHA = AttentionLayout(query=(0, 1, 2, 3), kv=(0, 1, 2, 3), head_dim=8)
 GQA = AttentionLayout(query=(0, 1, 2, 3), kv=(0, 1), head_dim=8)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, LAYERS, MODELS, make_inputs, make_model
+from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, allowed, make_inputs, make_model
 from pydantic import ValidationError
 from test_stats import classifier_examples, language_examples
 
 from headwise.calibration.tasks import Examples, Task, make_task
 from headwise.calibration.tasks.fidelity import FidelityOptions
-from headwise.errors import PlanError, SurgeryError
+from headwise.errors import DataError, PlanError, SurgeryError
 from headwise.model import surgery
-from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.passes.base import Pass, make_plan, run_pass
 from headwise.passes.prune_heads import PruneHeads
+from headwise.pipeline.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
-OPTIONS = {"prune-heads": {"ratio": 0.5}, "prune-mlp": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}}
+OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}, "cluster-heads": {"ratio": 0.5}}
 """Options for passes that have required ones."""
-INSTEAD = {("share-kv", "qwen3"): {"ratio": 0.5, "merge": "mean"}}
+INSTEAD = {("share-kv", family): {"ratio": 0.5, "merge": "mean"} for family in NORMALISED}
 """Where a family needs other options; that the usual ones are refused is tested with the pass."""
 
 
@@ -31,7 +33,7 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     """Enough tokens for a refit on every family."""
     if family == "torch":
         return classifier_examples(view.module, 30)
-    if family in ("gpt2", "llama", "qwen2", "qwen3", "mistral"):
+    if family in DECODERS:
         task, examples = language_examples(view)
         return task, Examples.of(examples.rows * 8, source="made up", padding=examples.padding)
     rows = [{n: t[0].numpy() for n, t in make_inputs(family, seed).items()} for seed in range(20)]
@@ -40,8 +42,31 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     return task, Examples.of(rows, source="made up", padding=padding, facts={"pooling": "mean"})
 
 
-@pytest.mark.parametrize("name", sorted(PASSES))
-@pytest.mark.parametrize("family", sorted(MODELS))
+REFUSALS = [(name, family) for name in sorted(PASSES) for family in sorted(MODELS.keys() - set(allowed(name)))]
+
+
+@pytest.mark.parametrize(("name", "family"), REFUSALS)
+def test_a_refusal_says_why_and_has_a_reason(
+    name: str, family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = make_model(family)
+    view, teacher = ModelView.of(module), ModelView.of(make_model(family))
+    task, examples = samples(view, family)
+    pass_: Pass = PASSES[name].model_validate(OPTIONS[name])
+    with pytest.raises(PlanError, match=f"{name} cannot be applied to layer 0 .*\n.*because ") as refused:
+        make_plan(pass_, view, task, examples)
+    reason = str(refused.value).partition("because ")[2].splitlines()[0]
+    module.save_pretrained(tmp_path)
+    assert f"{name}: refused, because {reason}" in inspect_checkpoint(str(tmp_path), sequence=4)["limits"]
+    monkeypatch.setattr("headwise.passes.base._refuse", lambda *_: None)
+    with pytest.raises((RuntimeError, KeyError, SurgeryError, DataError)):
+        run_pass(pass_, view, teacher, task, examples)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, family) for name in sorted(PASSES) for family in sorted(allowed(name))],
+)
 def test_contract(name: str, family: str) -> None:
     view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
     task, examples = samples(view, family)
@@ -177,15 +202,16 @@ def test_scores_from_labels_say_what_to_do_without_labels() -> None:
         make_plan(PruneHeads(ratio=0.5, score="fisher"), view, task, unlabelled)
 
 
-def test_surgery_that_is_not_exact_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break surgery on purpose: keep the wrong output columns."""
+@pytest.mark.parametrize("factor", [-1.0, float("nan")])
+def test_surgery_that_is_not_exact_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break surgery on purpose: turn output columns around, or into no numbers at all."""
     view, teacher = (ModelView.of(make_model("torch")) for _ in range(2))
     task, examples = classifier_examples(view.module)
     right = surgery.drop_heads
 
     def wrong(layer: object, edit: DropHeads) -> None:
         right(layer, edit)  # type: ignore[arg-type]
-        layer.read().output.neg_()  # type: ignore[attr-defined]
+        layer.read().output.mul_(factor)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(surgery, "drop_heads", wrong)
     with pytest.raises(SurgeryError, match="differs from its exact twin"):

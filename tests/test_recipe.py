@@ -85,6 +85,7 @@ def test_every_default() -> None:
         "export": {
             "precision": "fp16",
             "opset": 23,
+            "clusters": "auto",
             "batch": {"min": 1, "opt": 1, "max": 8},
             "sequence": None,
             "keep_io": False,

@@ -11,7 +11,7 @@ from headwise.calibration.refit import fit_output
 from headwise.calibration.tasks import Examples
 from headwise.errors import DataError
 from headwise.model import surgery
-from headwise.model.layout import DropHeads, EditPlan
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.view import ModelView
 
 

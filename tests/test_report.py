@@ -15,7 +15,11 @@ import pytest
 from rich.console import Console
 
 from headwise.errors import DataError, StorageError
+from headwise.model.edits import ClusterHeads, Edit, EditPlan, ShareKV
+from headwise.model.layout import Layout
 from headwise.pipeline import plots, summary
+from headwise.pipeline.forms import choose_form
+from headwise.pipeline.head_maps import head_maps
 from headwise.pipeline.report import junit, markdown, read_report, terminal, write_report
 from headwise.pipeline.report_html import html
 
@@ -295,7 +299,7 @@ def test_numbers_and_times() -> None:
 
 
 def test_head_map_counts_what_the_layouts_say(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     assert heads.removed == ((1, 4), (0, 2, 3, 5), (0, 3))
     assert heads.columns == 6
     assert heads.score == "contribution"
@@ -303,10 +307,10 @@ def test_head_map_counts_what_the_layouts_say(report: Report) -> None:
 
 
 def test_a_report_of_version_0_1_0_is_still_read(report: Report) -> None:
-    now = summary.head_maps(report)
+    now = head_maps(report)
     made = report["stages"][1]["record"]
     made |= {when: made[when]["attention"] for when in ("before", "after")}
-    assert summary.head_maps(report) == now
+    assert head_maps(report) == now
 
 
 def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> None:
@@ -314,19 +318,68 @@ def test_second_pass_keeps_the_columns_of_the_original_heads(report: Report) -> 
     second = {**copy.deepcopy(first), "before": first["after"], "after": first["after"]}
     second["plan"] = {"edits": [], "scores": None}
     report["stages"].insert(2, stage("prune-heads-2", "pass", record=second))
-    again = summary.head_maps(report)[1]
+    again = head_maps(report)[1]
     assert (again.columns, again.removed) == (6, ((), (), ()))
     svg = plots.head_plot(again).svg
     assert "4/4" in svg
     assert "2/2" in svg
 
 
+def edited(report: Report, edit: Edit) -> None:
+    """Let the report's pass have made this one edit."""
+    record = report["stages"][1]["record"]
+    before = Layout.from_json(record["before"])
+    plan = EditPlan(edits=(edit,))
+    record |= {"plan": plan.to_json(), "after": plan.predict(before).to_json()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "change", "legend", "uses"),
+    [
+        (
+            ShareKV(layer=1, groups=((0, 2), (1, 3), (4, 5))),
+            "6 kv heads become 3: 0+2, 1+3, 4+5",
+            "number: the kv head that a query head reads",
+            {0: 0, 2: 0, 1: 1, 3: 1, 4: 4, 5: 4},
+        ),
+        (
+            ClusterHeads(layer=1, clusters=((2, 0, 5), (1, 3), (4,))),
+            "attention of 2 for 0+5, 1 for 3",
+            "number: the head whose attention weights are used",
+            {0: 2, 5: 2, 3: 1},
+        ),
+    ],
+)
+def test_heads_that_use_another_head_say_which(
+    report: Report, edit: Edit, change: str, legend: str, uses: dict[int, int]
+) -> None:
+    edited(report, edit)
+    (heads,) = head_maps(report)
+    assert heads.changes == ("unchanged", change, "unchanged")
+    assert heads.uses == ({}, uses, {})
+    assert heads.removed == ((), (), ())
+    page = html(report)
+    assert legend in page
+    assert change in page
+    assert change in markdown(report)
+
+
+def test_the_form_of_clustered_layers_is_explained(report: Report) -> None:
+    forms = choose_form(
+        {"gathered": 10**9, "fused": 2 * 10**9}, {"gathered": 3.0, "fused": 2.0}, wanted="auto", engines=False
+    )
+    report["stages"][2]["record"] = {"parity": [], "nodes": {}, "forms": forms.to_json()}
+    (note,) = [note for note in summary.notes(report) if "clustered" in note]
+    assert "in the fused form, because it is the faster one" in note
+    assert "gathered 1\xa0G MACs, 3\xa0ms" in note
+
+
 def test_head_plot_crosses_out_every_removed_head(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     plot = plots.head_plot(heads)
     crossed = re.findall(r"fill: none; stroke: var\(--bad\); stroke-width: 1\.8", plot.svg)
     assert len(crossed) == 2 * 8, "two arms for each of eight heads"
-    assert "layer 1: 0, 2, 3, 5" in plot.alt
+    assert "Layer 1: removed 0, 2, 3, 5." in plot.alt
 
 
 def opacities(svg: str) -> list[float]:
@@ -336,7 +389,7 @@ def opacities(svg: str) -> list[float]:
 
 
 def test_head_plot_is_darker_where_the_score_is_higher(report: Report) -> None:
-    (heads,) = summary.head_maps(report)
+    (heads,) = head_maps(report)
     flat = [heads.scores[layer][head] for layer in range(3) for head in range(6)]
     shades = opacities(plots.head_plot(heads).svg)
     assert len(shades) == 18
@@ -375,7 +428,7 @@ def test_accuracy_plot_of_a_metric_where_lower_is_better(report: Report) -> None
 
 
 def test_figures_have_no_fixed_colour_and_are_reproducible(report: Report) -> None:
-    made = [*plots.accuracy_plots(report), *plots.cost_plots(report), plots.head_plot(summary.head_maps(report)[0])]
+    made = [*plots.accuracy_plots(report), *plots.cost_plots(report), plots.head_plot(head_maps(report)[0])]
     assert len(made) == 2 + 5 + 1
     for plot in made:
         assert not re.findall(r"#(?!ffffff)[0-9a-f]{6}\b", re.sub(r'"#[^"]*"|url\(#[^)]*\)', "", plot.svg)), plot.title
@@ -418,7 +471,7 @@ def test_markdown_has_the_tables_and_the_reasons(failed: Report) -> None:
     text = markdown(failed)
     assert text.startswith("# headwise: fail\n")
     assert "| prune-heads | failed | digit | accuracy | 94.45 | 4.10 \\[2.90, 5.30] | 2.00 | FAIL |" in text
-    assert "| 1 | 6 | 2 | 0, 2, 3, 5 |" in text
+    assert "| 1 | 6 | 2 | removed 0, 2, 3, 5 |" in text
     assert "- **prune-heads**: digit accuracy: the drop is at least 2.9, the limit 2.0" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {re.sub(r"\\.", "", line).count("|") for line in tables} == {9, 8, 5}

@@ -12,8 +12,8 @@ from torch import nn
 from headwise.errors import PlanError, SurgeryError, UnsupportedModelError
 from headwise.model import surgery
 from headwise.model.attention import MultiHeadAttention, unpack_attention
+from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import named_outputs, run
-from headwise.model.layout import DropHeads, EditPlan
 from headwise.model.view import ModelView
 from headwise.tolerances import TWIN
 
@@ -85,7 +85,7 @@ def test_removed_heads_are_gone_from_the_weights(family: str) -> None:
             (old.value, old.value_bias, kvs),
         ):
             expected += count * (weight[0].numel() + (0 if bias is None else bias[0].numel()))
-        expected += queries * old.output[:, 0].numel()
+        expected += queries * (old.output[:, 0].numel() + sum(parts[0].numel() for parts in old.further.values()))
     assert lost == expected > 0
 
 
@@ -100,7 +100,7 @@ def test_a_layer_is_edited_twice_under_its_original_ids(family: str) -> None:
     assert view.layout.attention[1].query == (1, 2)
 
 
-@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys()))
+@pytest.mark.parametrize("family", sorted(MODELS.keys() - FACTORIES.keys() - {"gemma2"}))  # capped scores: eager only
 def test_eager_attention_gives_the_same_after_surgery(family: str) -> None:
     outputs = []
     for implementation in ("sdpa", "eager"):
@@ -124,7 +124,8 @@ def test_a_gate_per_row_gates_each_row_by_its_own(family: str) -> None:
         opened = run(view.module, inputs)
         with layer.gate(torch.tensor([[0.0] * HEADS, [1.0] * HEADS])):
             mixed = run(view.module, inputs)
-    for name in mixed:
+    # What compares the texts of a batch with its images has no row of its own.
+    for name in (name for name in mixed if not name.startswith("logits_per_")):
         assert torch.allclose(mixed[name][0], closed[name][0], atol=1e-5)
         assert torch.allclose(mixed[name][1], opened[name][1], atol=1e-5)
 
@@ -137,7 +138,7 @@ def test_hooks_are_gone_after_their_block(family: str) -> None:
         run(view.module, inputs)
     with torch.no_grad():
         run(view.module, inputs)
-    assert seen == [HEADS]
+    assert seen == [HEADS] * layer.runs
 
 
 def test_watched_heads_through_the_output_projection_are_the_layer_output(family: str) -> None:
@@ -175,7 +176,7 @@ def test_set_output_refuses_a_bias_that_the_layer_does_not_have() -> None:
     layer = ModelView.of(make_model("llama")).attention[0]
     weights = layer.read()
     with pytest.raises(SurgeryError, match="a bias is given"):
-        surgery.set_output(layer, weights.output, torch.zeros(weights.output.shape[0]))
+        surgery.set_output(layer, weights.output.flatten(1), torch.zeros(weights.output.shape[0]))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

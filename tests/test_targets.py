@@ -47,3 +47,31 @@ def test_a_capability_that_tensorrt_rtx_does_not_have() -> None:
     with pytest.raises(TargetError, match=r"h100 \(sm90\) is not one of TensorRT-RTX's(.*\n)*.*tensorrt/sm90"):
         check_target(resolve_target("tensorrt-rtx/h100"), "fp16")
     check_target(resolve_target("h100"), "fp16")
+
+
+def test_the_cpu_is_a_target_without_an_engine() -> None:
+    target = resolve_target("CPU")
+    assert (target.sm, target.runtime) == (0, "onnxruntime")
+    check_target(target, "bf16", {"int8"})
+    for scheme in ("int8-weights", "int4-weights", "fp8"):
+        with pytest.raises(TargetError, match=f"target cpu gains nothing from {scheme}"):
+            check_target(target, "fp16", {"int8", scheme})
+    with pytest.raises(TargetError, match='unknown target "tensorrt/cpu"'):
+        resolve_target("tensorrt/cpu")
+
+
+# what the builder of TensorRT-RTX 1.7 accepted, scheme by scheme, on the first capability and on the one before it
+FIRST = {"int8": 75, "int8-weights": 75, "fp8": 89, "fp8-weights": 89, "int4-weights": 80, "nvfp4-weights": 120}
+
+
+@pytest.mark.parametrize("scheme", FIRST)
+def test_every_format_begins_with_a_capability(scheme: str) -> None:
+    capabilities = [75, 80, 86, 89, 120, 121]
+    for sm in capabilities:
+        target = resolve_target(f"sm{sm}")
+        if sm >= FIRST[scheme]:
+            check_target(target, "fp16", {scheme})
+        else:
+            with pytest.raises(TargetError, match=rf"target sm{sm} \(sm{sm}\) cannot run {scheme}: ") as caught:
+                check_target(target, "fp16", {"int8", scheme})
+            assert "int8, int8-weights" in caught.value.expected

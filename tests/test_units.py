@@ -10,7 +10,6 @@ from test_stats import classifier_examples, language_examples, single_rows
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples
 from headwise.calibration.units import Means, gated
-from headwise.calibration.work import count_tokens
 from headwise.errors import PlanError
 from headwise.model.forward import run, to_torch
 from headwise.model.view import ModelView
@@ -128,17 +127,3 @@ def test_progress_is_told_once_per_sample_also_where_means_come_first() -> None:
     counted: list[int] = []
     collect(view, task, examples, {Stat.UNIT_GAUSS_NEWTON}, batch_size=3, progress=counted.append)
     assert sum(counted) == 7
-
-
-@pytest.mark.parametrize(("sequence", "length"), [(None, 40), (16, 16)])
-def test_tokens_are_counted_at_the_asked_length_or_what_the_model_takes(sequence: int | None, length: int) -> None:
-    view = ModelView.of(make_model("llama"))
-    task, examples = language_examples(view)
-    tokens = collect(view, task, examples, {Stat.TOKENS}, sequence=sequence)[Stat.TOKENS]
-    assert [t.tolist() for t in tokens] == [[length, length, length**2]] * LAYERS + [[length, 0, 0]] * LAYERS
-
-
-def test_tokens_of_a_model_with_a_fixed_length() -> None:
-    view = ModelView.of(make_model("vit"))
-    inputs = {"pixel_values": torch.zeros(1, 3, 8, 8)}
-    assert [t.tolist() for t in count_tokens(view, inputs)] == [[5, 5, 25]] * LAYERS + [[5, 0, 0]] * LAYERS

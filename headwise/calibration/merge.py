@@ -18,6 +18,8 @@ import torch
 
 _FLOOR = 1e-6
 """Smallest eigenvalue of a weight, relative to the largest: directions that nobody reads stay invertible."""
+_NOTHING = 1e-9
+"""Energy, relative to that of all heads, below which a merge is lossless and what is left is rounding."""
 _ALIGNMENT_ROUNDS = 20
 
 
@@ -47,8 +49,8 @@ def merge_subspace(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Ten
             ``W_o^T W_o`` of the columns that read a value head.
     """
     members, width, _ = heads.shape
-    roots, inverses = _roots(weights)
-    stacked = (roots @ heads.double()).flatten(0, 1)
+    forward, inverses = roots(weights)
+    stacked = (forward @ heads.double()).flatten(0, 1)
     energy, vectors = torch.linalg.eigh(stacked @ moment.double() @ stacked.T)
     kept = vectors[:, -width:].flip(1)
     shared, maps = kept.T @ stacked, inverses @ kept.unflatten(0, (members, width))
@@ -67,15 +69,29 @@ def merge_rotary(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tenso
         Maps that scale and rotate every pair by a number of its own, and so commute with the rotary positions.
     """
     pairs = as_complex(heads)
-    power = weights.diagonal(dim1=1, dim2=2)
-    size = (power[:, : power.shape[1] // 2] + power[:, power.shape[1] // 2 :]).double()
-    size = size.clamp_min(_FLOOR * float(size.max())).sqrt()
+    size = pair_power(weights).sqrt()
     weighted = (size[..., None] * pairs).transpose(0, 1)
     energy, vectors = torch.linalg.eigh(weighted @ moment.to(weighted.dtype) @ weighted.mH)
     kept = vectors[..., -1]
     shared = torch.einsum("fj,fjd->fd", kept.conj(), weighted)
     factors = kept.T / size
     return _balanced(as_real(shared), pair_matrices(factors), heads, _lost(energy, 1))
+
+
+def merge_keys(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor, *, rotated: int) -> Merged:
+    """The best shared key head where rotary positions turn the first ``rotated`` of the H coordinates.
+
+    Scores are sums over the two parts of a head, so that each part has its own shared head and maps.
+    """
+    if rotated == 0:
+        return merge_subspace(heads, moment, weights)
+    turned = merge_rotary(heads[:, :rotated], moment, weights[:, :rotated, :rotated])
+    if rotated == heads.shape[1]:
+        return turned
+    rest = merge_subspace(heads[:, rotated:], moment, weights[:, rotated:, rotated:])
+    energies = [_energy(heads[:, part], moment, weights[:, part, part]) for part in _parts(rotated)]
+    lost = (turned.lost * energies[0] + rest.lost * energies[1]) / max(sum(energies), 1e-300)
+    return _joined(turned, rest, lost)
 
 
 def merge_mean(heads: torch.Tensor) -> Merged:
@@ -89,14 +105,21 @@ def merge_first(heads: torch.Tensor) -> Merged:
     return Merged(shared=heads[0].double(), maps=_identities(heads), lost=math.nan)
 
 
-def merge_aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotary: bool) -> Merged:
+def merge_aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotated: int = 0) -> Merged:
     """The mean after turning every head onto the others (generalised Procrustes, arXiv 2412.20677).
 
     Args:
         heads: (J, H, D) projection weights.
         moment: (D, D) second moment of the input, so that outputs are aligned rather than weights.
-        rotary: turn pairs of coordinates only, as rotary positions ask for.
+        rotated: coordinates at the front of each head that may only be turned in pairs, as rotary positions ask for.
     """
+    if rotated in (0, heads.shape[1]):
+        return _aligned(heads, moment, rotary=rotated > 0)
+    turned, rest = (_aligned(heads[:, part], moment, rotary=part.start is None) for part in _parts(rotated))
+    return _joined(turned, rest, math.nan)
+
+
+def _aligned(heads: torch.Tensor, moment: torch.Tensor, *, rotary: bool) -> Merged:
     second = moment.double()
     turns = _identities(heads)
     for _ in range(_ALIGNMENT_ROUNDS):
@@ -112,6 +135,42 @@ def restore_norm(merged: Merged, heads: torch.Tensor) -> Merged:
     members = torch.linalg.vector_norm(heads.double().flatten(1), dim=1).mean()
     factor = float(members / torch.linalg.vector_norm(merged.shared).clamp_min(1e-300))
     return replace(merged, shared=factor * merged.shared)
+
+
+def _parts(rotated: int) -> tuple[slice, slice]:
+    """The coordinates of a head that are rotated, and those that are not."""
+    return slice(None, rotated), slice(rotated, None)
+
+
+def _joined(turned: Merged, rest: Merged, lost: float) -> Merged:
+    """Two parts of a head as one; neither part's maps mix with the other's."""
+    maps = [torch.block_diag(*pair) for pair in zip(turned.maps, rest.maps, strict=True)]
+    return Merged(shared=torch.cat([turned.shared, rest.shared]), maps=torch.stack(maps), lost=lost)
+
+
+def _energy(heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor) -> float:
+    """What the errors of a merge are measured against: the weighted second norm of all members."""
+    return float(torch.einsum("jab,jad,de,jbe->", weights.double(), heads.double(), moment.double(), heads.double()))
+
+
+def missed(merged: Merged, heads: torch.Tensor, moment: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(H, D) what a shared head misses most of its group, as a head of the same size; zero where it misses nothing.
+
+    Args:
+        merged: the shared head.
+        heads: (J, H, D) the group, ``moment`` and ``weights`` as for ``merge_subspace``.
+        moment: (D, D).
+        weights: (J, H, H).
+    """
+    width = heads.shape[1]
+    left = heads.double() - merged.maps @ merged.shared
+    stacked = (roots(weights)[0] @ left).flatten(0, 1)
+    energy, vectors = torch.linalg.eigh(stacked @ moment.double() @ stacked.T)
+    if float(energy[-1]) <= _NOTHING * _energy(heads, moment, weights):
+        return torch.zeros_like(merged.shared)
+    found: torch.Tensor = vectors[:, -width:].flip(1).T @ stacked
+    sizes = [float(torch.linalg.vector_norm(head)) for head in (merged.shared, found)]
+    return found * (sizes[0] / max(sizes[1], 1e-300))
 
 
 def _identities(heads: torch.Tensor) -> torch.Tensor:
@@ -148,12 +207,19 @@ def pair_matrices(factors: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=-2)
 
 
-def _roots(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric square roots and their inverses, with eigenvalues floored."""
+def pair_power(weights: torch.Tensor) -> torch.Tensor:
+    """(J, H, H) second moments of queries -> (J, H / 2) of their pairs, floored."""
+    real, imaginary = weights.diagonal(dim1=1, dim2=2).double().chunk(2, dim=1)
+    power = real + imaginary
+    return power.clamp_min(_FLOOR * float(power.max()))
+
+
+def roots(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric square roots of (J, H, H) matrices and their inverses, with eigenvalues floored."""
     values, vectors = torch.linalg.eigh(weights.double())
     values = values.clamp_min(_FLOOR * float(values.max())).sqrt()
-    roots = vectors @ torch.diag_embed(values) @ vectors.mT
-    return roots, vectors @ torch.diag_embed(1 / values) @ vectors.mT
+    forward = vectors @ torch.diag_embed(values) @ vectors.mT
+    return forward, vectors @ torch.diag_embed(1 / values) @ vectors.mT
 
 
 def _lost(energy: torch.Tensor, kept: int) -> float:

@@ -10,7 +10,8 @@ from functools import partial
 
 import torch
 
-from headwise.calibration.tokens import valid_tokens
+from headwise.calibration.tasks import Batch
+from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.model.view import ModelView
 
 
@@ -24,11 +25,11 @@ class NeuronSums:
         self.total = [torch.zeros(width, dtype=torch.float64) for width in widths]
         self.absolute = [torch.zeros(width, dtype=torch.float64) for width in widths]
 
-    def watched(self, mask: torch.Tensor | None) -> AbstractContextManager[object]:
-        """Collect while the model runs on a batch with this mask, (B, T)."""
+    def watched(self, batch: Batch) -> AbstractContextManager[object]:
+        """Collect while the model runs on a batch."""
         stack = ExitStack()
         for mlp in self.view.mlp:
-            stack.enter_context(mlp.watch_neurons(partial(self._add, mlp.index, mask)))
+            stack.enter_context(mlp.watch_neurons(partial(self._add, mlp.index, valid_mask(batch, mlp.family))))
         return stack
 
     def _add(self, index: int, mask: torch.Tensor | None, neurons: torch.Tensor) -> None:

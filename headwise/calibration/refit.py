@@ -5,20 +5,23 @@ untouched layer's output on the features that the edited layer has: its head out
 are solved in the order in which they run, and the target includes what earlier layers got wrong, so that errors do not
 add up.
 
-Shape letters: D model width; F features (query heads times head_dim, or neurons), plus one where there is a bias.
+Shape letters: B batch, T tokens, D model width; F features (query heads times head_dim, or neurons), plus one constant
+where there is a bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from headwise.calibration.stats import did_not_run
 from headwise.calibration.tasks import Examples
-from headwise.calibration.tokens import valid_tokens
+from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
 from headwise.model.access import watched_input
 from headwise.model.forward import run, to_torch
@@ -45,6 +48,11 @@ class OutputFit:
     after: float
 
 
+Inputs = Mapping[str, torch.Tensor]
+_SINGULAR = 1e-6
+"""Smallest over largest pivot at which a matrix counts as singular: its condition number is the square of that."""
+
+
 class _Stop(Exception):
     """Ends a forward pass behind the layer that is being solved."""
 
@@ -64,7 +72,7 @@ def fit_output(
 
     ``O`` are the student's features with a constant column, ``W_0`` its present weights, ``lam`` is ``ridge`` times
     the mean diagonal of ``O^T O``; the constant is not penalised. ``Y`` is the teacher's layer output plus the
-    difference between the two residual streams, where it is known what the output is added to.
+    difference between the two residual streams, where the layer's output is added to them as it is.
 
     Args:
         student: the edited model; layers before ``layer`` are final.
@@ -89,21 +97,16 @@ def fit_output(
     cross = torch.zeros(features, width, dtype=torch.float64)
     energy, tokens = 0.0, 0
     for batch in examples.batches(batch_size):
-        inputs = to_torch(batch.inputs)
-        seen, wanted = _observe(student, ours, inputs), _observe(teacher, theirs, inputs)
-        target = wanted["output"]
-        if "residual" in seen and seen["residual"].shape == target.shape:
-            target = target + wanted["residual"] - seen["residual"]
-        valid = batch.valid()
-        mask = None if valid is None else torch.as_tensor(valid)
-        o = valid_tokens(seen["features"], mask).double()
-        if old_bias is not None:
-            o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
-        y = valid_tokens(target, mask).double()
-        gram += o.T @ o
-        cross += o.T @ y
-        energy += float(y.square().sum())
-        tokens += len(o)
+        mask = valid_mask(batch, ours.family)
+        for found, wanted in _runs(student, ours, teacher, theirs, to_torch(batch.inputs)):
+            o = valid_tokens(found, mask).double()
+            if old_bias is not None:
+                o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
+            y = valid_tokens(wanted, mask).double()
+            gram += o.T @ o
+            cross += o.T @ y
+            energy += float(y.square().sum())
+            tokens += len(o)
         if progress is not None:
             progress(len(batch.samples))
     if tokens < features:
@@ -112,19 +115,20 @@ def fit_output(
             expected=f"at least {features}, better ten times as many",
             fix="raise calibration.samples, or set refit: false",
         )
-    solved = _solve(gram, cross, weight, ridge, constant=old_bias is not None)
+    solved = solve(gram, cross, weight, ridge, constant=old_bias is not None)
     return OutputFit(
         layer=layer,
         weight=solved[: old.shape[1]].T.to(old.dtype),
         bias=None if old_bias is None else solved[-1].to(old.dtype),
-        before=_error(gram, cross, energy, weight),
-        after=_error(gram, cross, energy, solved),
+        before=error(gram, cross, energy, weight),
+        after=error(gram, cross, energy, solved),
     )
 
 
-def _solve(
+def solve(
     gram: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float, *, constant: bool
 ) -> torch.Tensor:
+    """The ridge solution of ``fit_output`` from products over tokens; the last feature may be a constant."""
     penalty = torch.full((len(gram),), 1.0, dtype=torch.float64)
     if constant:
         penalty[-1] = 0.0
@@ -133,22 +137,80 @@ def _solve(
     left = gram + torch.diag(penalty)
     right = cross + penalty[:, None] * weight
     factor, failed = torch.linalg.cholesky_ex(left)
-    if not int(failed):
+    pivots = factor.diagonal()
+    if not int(failed) and float(pivots.min()) > _SINGULAR * float(pivots.max()):
         return torch.cholesky_solve(right, factor)
     solution: torch.Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
     return solution
 
 
-def _error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch.Tensor) -> float:
+def error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch.Tensor) -> float:
     """||O W - Y||^2 / ||Y||^2 from the accumulated products."""
     squared = (weight * (gram @ weight)).sum() - 2 * (weight * cross).sum() + energy
     return max(float(squared), 0.0) / max(energy, 1e-300)
 
 
-def _observe(
-    model: ModelView, layer: AttentionView | MlpView, inputs: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Features, output and, where it is known, residual stream of one layer; nothing behind it is computed."""
+def _runs(
+    student: ModelView,
+    ours: AttentionView | MlpView,
+    teacher: ModelView,
+    theirs: AttentionView | MlpView,
+    inputs: Inputs,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The student's features and what the projection shall make of them, once per run of the layer."""
+    if ours.runs > 1:
+        yield from _taught(ours, teacher, theirs, inputs)
+        return
+    seen, wanted = observe(student, ours, inputs), observe(teacher, theirs, inputs)
+    yield seen.features, target(ours, seen, wanted)
+
+
+class Seen(NamedTuple):
+    """Features, (B, T, F), and output of one layer, and the residual stream that it is added to, where known."""
+
+    features: torch.Tensor
+    output: torch.Tensor
+    residual: torch.Tensor | None
+
+
+def target(layer: AttentionView | MlpView, student: Seen, teacher: Seen) -> torch.Tensor:
+    """The teacher's output, and the difference between both residual streams where the output is added as it is."""
+    direct = isinstance(layer, MlpView) or layer.direct
+    ours, theirs = student.residual, teacher.residual
+    if not direct or ours is None or theirs is None or ours.shape != teacher.output.shape:
+        return teacher.output
+    return teacher.output + theirs - ours
+
+
+def _taught(
+    ours: AttentionView | MlpView, teacher: ModelView, theirs: AttentionView | MlpView, inputs: Inputs
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same for a layer that runs several times, on the inputs that it has in the teacher.
+
+    In the student, later runs read what earlier ones wrote with the very projection that is being solved for. On the
+    teacher's inputs nothing depends on it, so that the solution is exact for all runs together.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[torch.Tensor] = []
+    features: list[torch.Tensor] = []
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(theirs.watch_output(outputs.append))
+        if isinstance(theirs, AttentionView):
+            stack.enter_context(theirs.watch_calls(lambda args, kwargs: calls.append((args, kwargs))))
+        if isinstance(ours, MlpView) and isinstance(theirs, MlpView):
+            # Neurons that stay give what they give in the teacher.
+            places = [theirs.layout.neurons.index(neuron) for neuron in ours.layout.neurons]
+            stack.enter_context(theirs.watch_neurons(lambda neurons: features.append(neurons[..., places])))
+        run(teacher.module, inputs)
+    if isinstance(ours, AttentionView):
+        with torch.inference_mode(), watched_input(ours.output, features.append):
+            for args, kwargs in calls:
+                ours.module(*args, **kwargs)
+    yield from zip(features, outputs, strict=True)
+
+
+def observe(model: ModelView, layer: AttentionView | MlpView, inputs: Inputs) -> Seen:
+    """One layer in a forward pass; nothing behind it is computed."""
     seen: dict[str, torch.Tensor] = {}
 
     def output(tensor: torch.Tensor) -> None:
@@ -163,9 +225,5 @@ def _observe(
         try:
             run(model.module, inputs)
         except _Stop:
-            return seen
-    raise DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="a layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
+            return Seen(seen["features"], seen["output"], seen.get("residual"))
+    raise did_not_run(layer)

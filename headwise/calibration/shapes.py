@@ -35,9 +35,11 @@ def one_row(batch: Mapping[str, np.ndarray], dynamic: Mapping[str, tuple[int, ..
         axes = [axis for axis in dynamic.get(name, ()) if axis > 0]
         filled = array[:1] if 0 in dynamic.get(name, ()) else array
         for axis in axes:
-            positions = np.arange(length) % filled.shape[axis]
+            size = filled.shape[axis]
+            positions = np.arange(length) % size
+            positions[-1] = size - 1  # what ends a sequence, which some models look for
             filled = np.take(filled, positions, axis=axis)
-        if name == "attention_mask":
+        if name.endswith("attention_mask"):
             filled = np.ones_like(filled)
         elif name.endswith("padding_mask"):
             filled = np.zeros_like(filled)

@@ -13,14 +13,16 @@ from functools import partial
 
 import torch
 
+from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
-from headwise.calibration.tokens import valid_tokens
+from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
-from headwise.calibration.work import count_tokens
+from headwise.calibration.work import count_work
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
+from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 Progress = Callable[[int], None]
@@ -38,14 +40,25 @@ class Stat(StrEnum):
     INPUT_MOMENT = "input-moment"
     """Per layer (D + 1, D + 1): mean over tokens of ``x x^T``, x = the input of keys and values with a 1 behind it."""
 
+    QUERY_MOMENT = "query-moment"
+    """The same for the input of queries, which is another sequence where a decoder attends to an encoder."""
+
+    MAP_SIMILARITY = "map-similarity"
+    """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
+
+    EXCHANGE_COST = "exchange-cost"
+    """Per layer (N, N): entry (i, j) is the mean over tokens of the squared change of the layer output when head i uses
+    the attention weights of head j."""
+
     NEURON_MEAN = "neuron-mean"
     """Per MLP (F,): mean over tokens of what a neuron gives."""
 
     NEURON_SIZE = "neuron-size"
     """Per MLP (F,): mean over tokens of the absolute value of what a neuron gives."""
 
-    TOKENS = "tokens"
-    """Per attention layer, then per MLP, (3,): the tokens that it works on, see ``calibration.work.count_tokens``."""
+    MACS = "macs"
+    """Multiply-accumulates for one sample: of one unit of heads of every attention layer, of one neuron of every MLP,
+    and (1,) of the whole model; see ``calibration.work``."""
 
     UNIT_FISHER = "unit-fisher"
     """Per attention layer (N, N), then per MLP (F,): mean product of a sample's gradients of the loss with respect to
@@ -62,6 +75,9 @@ class Stat(StrEnum):
 
 
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
+WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
+MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
+NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 
 
@@ -105,7 +121,7 @@ def collect(
         batch_size: samples per batch; results do not depend on it beyond rounding.
         draws: random projections of the signal per sample for Gauss-Newton statistics.
         seed: seed of these projections.
-        sequence: tokens per sample for ``TOKENS``; None: 128, or what the model can take.
+        sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
         progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
@@ -124,17 +140,18 @@ def collect(
         for stat in sorted(units):
             chosen = Draws(count=draws, seed=seed) if stat == Stat.UNIT_GAUSS_NEWTON else None
             values[stat] = unit_gradients(view, task, examples, means, chosen, batch_size=batch_size, progress=progress)
-    if Stat.TOKENS in asked:
-        values[Stat.TOKENS] = count_tokens(view, to_torch(cost_row(view.module, examples, sequence)))
+    if Stat.MACS in asked:
+        work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
+        values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
     return _checked(HeadStats(values=values, samples=len(examples), digest=examples.digest))
 
 
 def _checked(stats: HeadStats) -> HeadStats:
     for stat, tensors in stats.values.items():
-        for layer, tensor in enumerate(tensors):
+        for index, tensor in enumerate(tensors):
             if not torch.isfinite(tensor).all():
                 raise DataError(
-                    f"the statistic {stat} of layer {layer} is not finite",
+                    f"the statistic {stat} of layer {index} is not finite",
                     expected="finite head outputs and neurons on every calibration sample",
                     fix="look for broken samples in the calibration data, or for a model that overflows",
                 )
@@ -153,26 +170,34 @@ class _Sums:
         self.contribution = [torch.zeros(len(v.layout.query), dtype=torch.float64) for v in view.attention]
         self.mean = [torch.zeros(len(v.layout.query), v.layout.head_dim, dtype=torch.float64) for v in view.attention]
         self.moments: dict[int, torch.Tensor] = {}
+        self.query_moments: dict[int, torch.Tensor] = {}
         self.gradients: list[torch.Tensor] = []
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
         self.neurons = NeuronSums(view)
+        self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
         inputs = to_torch(batch.inputs)
-        valid = batch.valid()
-        mask = None if valid is None else torch.as_tensor(valid)
         with_gradient = bool(self.needs & GRADIENTS)
         rows = len(batch.samples) * batch.per_sample
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
-            if self.needs & {Stat.NEURON_MEAN, Stat.NEURON_SIZE}:
-                stack.enter_context(self.neurons.watched(mask))
+            if self.needs & NEURONS:
+                stack.enter_context(self.neurons.watched(batch))
             for layer in self.view.attention:
+                family = layer.family
+                mask = valid_mask(batch, family)
                 stack.enter_context(self._watched(layer, mask))
-                if Stat.INPUT_MOMENT in self.needs:
-                    stack.enter_context(layer.watch_input(partial(self._add_moment, layer.index, mask)))
+                if self.needs & MOMENTS:
+                    keys = valid_key_mask(batch, family)
+                    stack.enter_context(layer.watch_input(partial(_add_moment, self.moments, layer.index, keys)))
+                if Stat.QUERY_MOMENT in self.needs and family.cross:
+                    add = partial(_add_moment, self.query_moments, layer.index, mask)
+                    stack.enter_context(layer.watch_query_input(add))
+                if self.needs & WEIGHTS:
+                    stack.enter_context(self.maps[layer.index].watched(layer, mask))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -199,11 +224,6 @@ class _Sums:
         with layer.watch_heads(see):
             yield
 
-    def _add_moment(self, index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-        tokens = valid_tokens(inputs.detach(), mask).double()
-        tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
-        self.moments[index] = self.moments.get(index, 0) + tokens.T @ tokens
-
     def _gate_gradient(self, value: torch.Tensor, gates: list[torch.Tensor]) -> torch.Tensor:
         """d value / d gates as (rows, M). Rows do not mix in the model, so each row's gradient is its own."""
         gradients = torch.autograd.grad(value, gates, retain_graph=True)
@@ -217,6 +237,9 @@ class _Sums:
 
     def values(self, samples: int) -> dict[Stat, tuple[torch.Tensor, ...]]:
         """The statistics over so many samples."""
+        for layer in self.view.attention:
+            if not self.tokens[layer.index]:
+                raise did_not_run(layer)
         every: dict[Stat, tuple[torch.Tensor, ...]] = {}
         if Stat.CONTRIBUTION in self.needs:
             every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
@@ -226,12 +249,35 @@ class _Sums:
             every[Stat.NEURON_MEAN] = self.neurons.mean()
         if Stat.NEURON_SIZE in self.needs:
             every[Stat.NEURON_SIZE] = self.neurons.size()
-        if Stat.INPUT_MOMENT in self.needs:
-            # The last entry counts the tokens.
-            every[Stat.INPUT_MOMENT] = tuple(m / m[-1, -1] for _, m in sorted(self.moments.items()))
+        for stat, moments in (
+            (Stat.INPUT_MOMENT, self.moments),
+            (Stat.QUERY_MOMENT, self.moments | self.query_moments),
+        ):
+            if stat in self.needs:
+                # The last entry counts the tokens.
+                every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))
+        if Stat.MAP_SIMILARITY in self.needs:
+            every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
+        if Stat.EXCHANGE_COST in self.needs:
+            every[Stat.EXCHANGE_COST] = tuple(maps.cost / maps.tokens for maps in self.maps)
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         return every
+
+
+def did_not_run(layer: AttentionView | MlpView) -> DataError:
+    """The error for a layer that no sample reached."""
+    return DataError(
+        f"layer {layer.index} ({layer.path}) did not run",
+        expected="a layer that every sample passes through",
+        fix="exclude the layer, or feed the inputs that reach it",
+    )
+
+
+def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
+    tokens = valid_tokens(inputs.detach(), mask).double()
+    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+    moments[index] = moments.get(index, 0) + tokens.T @ tokens

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from headwise.calibration.tasks import Batch
+from headwise.model.families import Family
+
+
+def valid_mask(batch: Batch, family: Family) -> torch.Tensor | None:
+    """(B, T), true for tokens that count in the layers of a family; None where all of them do."""
+    valid = None if family.patches else batch.valid(decoder=family.decoder)
+    return None if valid is None else torch.as_tensor(valid)
+
+
+def valid_key_mask(batch: Batch, family: Family) -> torch.Tensor | None:
+    """The same for the tokens that keys and values are made of: those of the encoder where a decoder attends to it."""
+    valid = None if family.patches else batch.valid(decoder=family.decoder and not family.cross)
+    return None if valid is None else torch.as_tensor(valid)
+
 
 def valid_tokens(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(B, T, ...) -> (tokens, ...), without padding where the mask speaks about these tokens.

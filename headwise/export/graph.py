@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass, ShapeInferencePass
 
@@ -47,6 +50,20 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Write one file, or the graph and ``<name>.data`` when the weights pass the limit of protobuf."""
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     ir.save(model, path, external_data=f"{path.name}.data" if size > _EXTERNAL_BYTES else None)
+
+
+def copy_graph(source: Path, target: Path) -> None:
+    """Copy a graph that ``save_graph`` wrote to a file of the same name in another folder."""
+    for name in (source.name, f"{source.name}.data"):
+        if source.with_name(name).exists():
+            shutil.copyfile(source.with_name(name), target.with_name(name))
+
+
+def module_path(node: onnx.NodeProto) -> str:
+    """Path of the module that a node came from; the exporter's list ends with the name of the node itself."""
+    scopes = next((item.value for item in node.metadata_props if item.key == NAME_SCOPES), "[]")
+    paths = ast.literal_eval(scopes)[:-1]
+    return str(paths[-1]) if paths else ""
 
 
 def signature(value: ir.Value) -> tuple[str, Dims]:

@@ -26,10 +26,12 @@ from headwise.errors import ExportError
 from headwise.export.graph import Dims, clean_up, save_graph, signature
 from headwise.export.runners import OrtRunner
 from headwise.export.tracing import grouped_heads, no_fastpath, quiet, tuple_outputs, without_cache
-from headwise.model.forward import run, to_torch
+from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.tolerances import ONNX_PARITY
 
 Batch = Mapping[str, NDArray[Any]]
+_REFUSALS = (RuntimeError, IndexError, ValueError)
+"""What a forward raises on shapes or values that it does not take."""
 
 
 class Parity(NamedTuple):
@@ -103,7 +105,7 @@ def to_onnx(
         outputs={str(value.name): signature(value) for value in model.graph.outputs},
         opset=model.opset_imports[""],
         nodes=dict(sorted(Counter(node.op_type for node in model.graph).items())),
-        parity=check_parity(module, path, _variants(sample, dynamic), tolerance),
+        parity=check_parity(module, path, _variants(module, sample, dynamic), tolerance),
     )
 
 
@@ -130,8 +132,8 @@ def check_parity(
             label = "x".join(str(size) for size in next(iter(batch.values())).shape)
             expected, actual = _reference(module, batch, label), runner(batch)
             for name, tensor in expected.items():
-                reference = _valid(tensor.float().numpy(), batch)
-                worst = _difference(reference, _valid(actual[name], batch), name)
+                reference = _valid(tensor.float().numpy(), batch, name)
+                worst = _difference(reference, _valid(actual[name], batch, name), name)
                 if not worst <= tolerance * max(1.0, float(np.abs(reference).max(initial=0.0))):
                     raise ExportError(
                         f"output {name} of the graph is off by {worst:.3g} at {label}",
@@ -145,7 +147,7 @@ def check_parity(
 def _reference(module: torch.nn.Module, batch: Batch, label: str) -> dict[str, torch.Tensor]:
     try:
         return run(module, to_torch(batch))
-    except (RuntimeError, IndexError) as error:
+    except _REFUSALS as error:
         raise ExportError(
             f"the module itself does not run at {label}: {_summary(error)}",
             expected="a forward that takes every size of the axes that are to be dynamic",
@@ -163,11 +165,9 @@ def _difference(reference: NDArray[Any], actual: NDArray[Any], name: str) -> flo
     return float(np.abs(reference - actual).max(initial=0.0))
 
 
-def _valid(output: NDArray[Any], batch: Batch) -> NDArray[Any]:
+def _valid(output: NDArray[Any], batch: Batch, name: str) -> NDArray[Any]:
     """The positions of a per-token output that are no padding; other outputs as they are."""
-    mask = next((array != 0 for name, array in batch.items() if name == "attention_mask"), None)
-    if mask is None:
-        mask = next((~(array != 0) for name, array in batch.items() if name.endswith("padding_mask")), None)
+    mask = real_tokens(batch, decoder=of_decoder(name))
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return output
     return np.asarray(output[mask])
@@ -184,26 +184,41 @@ def _check_sample(sample: Batch, dynamic: Mapping[str, tuple[int, ...]]) -> None
             )
 
 
-def _variants(sample: Batch, dynamic: Mapping[str, tuple[int, ...]]) -> list[Batch]:
-    """The sample, its first row alone, its rows twice, with padding where it has none, and a part of its length."""
+def _variants(module: torch.nn.Module, sample: Batch, dynamic: Mapping[str, tuple[int, ...]]) -> list[Batch]:
+    """The sample, its first row alone, its rows twice, with padding where it has none, and another length."""
     batched = {name for name, axes in dynamic.items() if 0 in axes}
     single = {n: a[:1] if n in batched else a for n, a in sample.items()}
     double = {n: np.concatenate([a, a[::-1]]) if n in batched else a for n, a in sample.items()}
     variants: list[Batch] = [sample]
     if batched:
         variants += [single, double]
-    mask = sample.get("attention_mask", np.zeros(1))
-    if mask.all():
-        padded = mask.copy()
+    for name in (n for n in sample if n.endswith("attention_mask") and sample[n].all()):
+        padded = sample[name].copy()
         padded[0, -1] = 0
-        variants.append({**sample, "attention_mask": padded})
+        variants.append({**sample, name: padded})
     if any(axis > 0 for axes in dynamic.values() for axis in axes):
-        for side in ("head", "tail"):
-            shorter = {n: _crop(a, dynamic.get(n, ()), side) for n, a in sample.items()}
-            # padding may be on either side: keep the one that leaves every row a token
-            if shorter.get("attention_mask", np.ones((1, 1))).any(axis=-1).all():
-                return [*variants, shorter]
+        lengths = [{n: _crop(a, dynamic.get(n, ()), side) for n, a in sample.items()} for side in ("head", "tail")]
+        lengths.append({n: _pad(n, a, dynamic.get(n, ())) for n, a in sample.items()})
+        variants.append(next((batch for batch in lengths if _runs(module, batch)), lengths[0]))
     return variants
+
+
+def _runs(module: torch.nn.Module, batch: Batch) -> bool:
+    """Whether every row keeps a token, and with it whatever else the module looks for, such as an end of sequence."""
+    if not all(mask.any(axis=-1).all() for name, mask in batch.items() if name.endswith("attention_mask")):
+        return False
+    try:
+        with torch.no_grad():
+            run(module, to_torch(batch))
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _pad(name: str, array: NDArray[Any], axes: Sequence[int]) -> NDArray[Any]:
+    """One position of padding more along the varying axes."""
+    fill = int(name.endswith("padding_mask"))
+    return np.pad(array, [(0, int(axis > 0 and axis in axes)) for axis in range(array.ndim)], constant_values=fill)
 
 
 def _crop(array: NDArray[Any], axes: Sequence[int], side: str) -> NDArray[Any]:

@@ -47,9 +47,12 @@ class ExportSpec(Spec):
     """How the graph and the engine are made."""
 
     precision: Precision = "fp16"
-    """The float type of weights and activations."""
+    """The float type of weights and activations in graphs for TensorRT; the target ``cpu`` computes in fp32."""
     opset: int = Field(default=23, ge=20, le=24)
     """ONNX opset; 23 is the first one with the Attention operator, which becomes one fused kernel."""
+    clusters: Literal["auto", "gathered", "fused"] = "auto"
+    """How clustered layers compute: scores of the representatives only, gathered for all heads (``gathered``), or all
+    scores in one fused kernel per layer (``fused``). ``auto`` exports both: fused for engines, else the faster one."""
     keep_io: bool = False
     """Keep float inputs and outputs in fp32 and cast inside of the graph."""
     batch: Range = Range()
@@ -94,15 +97,7 @@ def convert_precision(src: Path, dst: Path, precision: Precision, *, keep_io: bo
         return PrecisionInfo(precision=precision, bytes=dst.stat().st_size, casts=0, runs_on_cpu=True)
     model = onnx.load(str(src))
     before = _casts(model)
-    model = _to_float16(model, keep_io) if precision == "fp16" else _to_bfloat16(model, keep_io)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(
-            f"the {precision} graph is not valid: {str(error).strip().splitlines()[0]}",
-            expected="a graph whose types agree",
-            fix="use precision fp32, or the other half type",
-        ) from error
+    model = to_precision(model, precision, keep_io=keep_io)
     onnx.save(model, str(dst))
     return PrecisionInfo(
         precision=precision,
@@ -110,6 +105,25 @@ def convert_precision(src: Path, dst: Path, precision: Precision, *, keep_io: bo
         casts=_casts(model) - before,
         runs_on_cpu=precision != "bf16",
     )
+
+
+def to_precision(model: onnx.ModelProto, precision: Precision, *, keep_io: bool = False) -> onnx.ModelProto:
+    """The model in another precision, see :func:`convert_precision`; the one that was given must not be used again."""
+    if precision == "fp32":
+        return model
+    model = _to_float16(model, keep_io) if precision == "fp16" else _to_bfloat16(model, keep_io)
+    check_graph(model, f"the {precision} graph", fix="use precision fp32, or the other half type")
+    return model
+
+
+def check_graph(model: onnx.ModelProto, what: str, *, fix: str) -> None:
+    """Raise ExportError unless the graph is valid ONNX whose types agree."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{what} is not valid: {str(error).strip().splitlines()[0]}", expected="a graph whose types agree", fix=fix
+        ) from error
 
 
 def _casts(model: onnx.ModelProto) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from headwise.errors import TargetError, did_you_mean
 
 RTX, FULL = "tensorrt-rtx", "tensorrt"
 RUNTIMES = (RTX, FULL)
+CPU, ORT = "cpu", "onnxruntime"
+"""The target that needs no engine, and its runtime."""
 
 # compute capability -> the devices that have it, as people call them (NVIDIA's list of CUDA GPUs)
 _DEVICES: Mapping[int, tuple[str, ...]] = {
@@ -30,6 +32,16 @@ _REFUSED: Mapping[tuple[int, str], str] = {
     (75, "bf16"): "Turing has no bf16 arithmetic",
     (75, "fp32"): "TensorRT has no fp32 matrix multiplication for Turing",
 }
+# scheme -> the first compute capability that builds it, and why no earlier one does
+_FIRST: Mapping[str, tuple[int, str]] = {
+    "int8": (75, ""),
+    "int8-weights": (75, ""),
+    "fp8": (89, "fp8 begins with Ada"),
+    "fp8-weights": (89, "fp8 begins with Ada"),
+    "int4-weights": (80, "int4 weights begin with Ampere"),
+    "nvfp4-weights": (120, "fp4 begins with Blackwell"),
+    "mxfp8-weights": (89, "fp8 begins with Ada"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +50,9 @@ class Target:
 
     Attributes:
         name: as the recipe says it.
-        sm: compute capability without the dot.
-        runtime: ``tensorrt-rtx`` (built anywhere) or ``tensorrt`` (built on a device of this capability).
+        sm: compute capability without the dot; 0 for the CPU.
+        runtime: ``tensorrt-rtx`` (built anywhere), ``tensorrt`` (built on a device of this capability), or
+            ``onnxruntime`` for the CPU.
     """
 
     name: str
@@ -48,18 +61,20 @@ class Target:
 
 
 def resolve_target(name: str) -> Target:
-    """``sm86``, a device such as ``rtx-3060``, or either with a runtime in front: ``tensorrt/a100``.
+    """``cpu``, ``sm86``, a device such as ``rtx-3060``, or one of these two with a runtime: ``tensorrt/a100``.
 
     Raises:
         TargetError: no such target, with the nearest name.
     """
     runtime, _, device = name.strip().lower().replace(" ", "-").replace("_", "-").rpartition("/")
     devices = {alias: sm for sm, aliases in _DEVICES.items() for alias in (f"sm{sm}", *aliases)}
+    if device == CPU and not runtime:
+        return Target(name=name, sm=0, runtime=ORT)
     if device not in devices:
         raise TargetError(
             f'unknown target "{name}"',
-            expected="a compute capability such as sm86, or a device such as rtx-3060",
-            fix=did_you_mean(device, devices),
+            expected="cpu, a compute capability such as sm86, or a device such as rtx-3060",
+            fix=did_you_mean(device, [CPU, *devices]),
         )
     if runtime and runtime not in RUNTIMES:
         raise TargetError(
@@ -71,12 +86,20 @@ def resolve_target(name: str) -> Target:
     return Target(name=name, sm=sm, runtime=runtime or (RTX if sm in _AHEAD_OF_TIME else FULL))
 
 
-def check_target(target: Target, precision: str) -> None:
+def check_target(target: Target, precision: str, schemes: Collection[str] = ()) -> None:
     """Refuse what the target cannot do.
 
+    Args:
+        target: the device.
+        precision: of everything that is not quantized.
+        schemes: of the quantized matrices, see ``model.quantization.scheme``.
+
     Raises:
-        TargetError: the precision or the runtime does not exist there, with the reason.
+        TargetError: the precision, a scheme or the runtime does not exist there, with the reason.
     """
+    if target.runtime == ORT:
+        _check_cpu(schemes)
+        return
     if target.runtime == RTX and target.sm not in _AHEAD_OF_TIME:
         raise TargetError(
             f"target {target.name} (sm{target.sm}) is not one of TensorRT-RTX's",
@@ -89,4 +112,22 @@ def check_target(target: Target, precision: str) -> None:
             f"target {target.name} (sm{target.sm}) cannot run {precision}: {reason}",
             expected="a precision that the target has: fp16",
             fix="set export.precision to fp16, or leave this target out",
+        )
+    for scheme in sorted(schemes):
+        first, why = _FIRST[scheme]
+        if target.sm < first:
+            raise TargetError(
+                f"target {target.name} (sm{target.sm}) cannot run {scheme}: {why}",
+                expected="one of: " + ", ".join(name for name, (sm, _) in _FIRST.items() if sm <= target.sm),
+                fix="change quantize.format and quantize.matrices, or leave this target out",
+            )
+
+
+def _check_cpu(schemes: Collection[str]) -> None:
+    """ONNX Runtime multiplies faster than in fp32 only where weights and activations are both in int8."""
+    for scheme in sorted(set(schemes) - {"int8"}):
+        raise TargetError(
+            f"target {CPU} gains nothing from {scheme}",
+            expected="int8 weights and activations",
+            fix="give the CPU a recipe of its own with quantize.format int8, or leave this target out",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import platform
 import time
@@ -17,10 +16,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from headwise.errors import ExportError
-from headwise.export.graph import NAME_SCOPES
+from headwise.export.graph import module_path
 from headwise.gates.macs import Shape, counts, macs
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -91,7 +90,7 @@ def graph_cost(onnx_path: Path, shapes: Mapping[str, Shape], attention_scopes: S
         sizes |= _measured_shapes(onnx_path, shapes, missing)
     total: Counter[str] = Counter()
     for node in nodes:
-        total[_scope(node)] += macs(node, sizes)
+        total[module_path(node)] += macs(node, sizes)
     prefixes = tuple(f"{scope}." for scope in attention_scopes)
     files = [onnx_path, onnx_path.with_name(f"{onnx_path.name}.data")]
     return GraphCost(
@@ -155,13 +154,6 @@ def device_name() -> str:
 def _device(runner: object) -> str:
     device = getattr(runner, "device", "cpu")
     return device_name() if device == "cpu" else str(device)
-
-
-def _scope(node: NodeProto) -> str:
-    """Path of the module that a node came from; the exporter's list ends with the name of the node itself."""
-    scopes = next((item.value for item in node.metadata_props if item.key == NAME_SCOPES), "[]")
-    paths = ast.literal_eval(scopes)[:-1]
-    return str(paths[-1]) if paths else ""
 
 
 def _shapes(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -13,8 +13,7 @@ from headwise.errors import ExportError
 Shape = tuple[int, ...]
 
 _NOT_COUNTED = frozenset(
-    {"MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "DeformConv", "LSTM", "GRU", "RNN"}
-    | {"If", "Loop", "Scan"}
+    {"QLinearMatMul", "ConvInteger", "QLinearConv", "DeformConv", "LSTM", "GRU", "RNN"} | {"If", "Loop", "Scan"}
 )
 
 
@@ -80,6 +79,7 @@ def _einsum(attributes: Mapping[str, Any], inputs: Sequence[Shape], output: Shap
 
 _RULES: Mapping[str, Callable[[Mapping[str, Any], Sequence[Shape], Shape], int]] = {
     "MatMul": _matmul,
+    "MatMulInteger": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,

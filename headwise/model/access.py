@@ -19,6 +19,11 @@ def attribute(root: Any, path: str) -> Any:
     return reduce(getattr, path.split("."), root) if path else root
 
 
+def find(root: Any, path: str) -> Any:
+    """What ``attribute`` gives, or None where a step of the path is missing."""
+    return reduce(lambda parent, name: getattr(parent, name, None), path.split("."), root)
+
+
 def assign(root: Any, path: str, value: Any) -> None:
     """Set what ``attribute`` reads."""
     parent, _, name = path.rpartition(".")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from headwise.errors import UnsupportedModelError
+from headwise.model.attend import attend
 
 
 class MultiHeadAttention(nn.Module):
@@ -34,6 +34,7 @@ class MultiHeadAttention(nn.Module):
                 fix="train without these options: their extra key belongs to no head's projection",
             )
         self.num_heads = original.num_heads
+        self.num_key_value_groups = 1
         self.head_dim = original.head_dim
         self.dropout = original.dropout
         self.batch_first = original.batch_first
@@ -42,8 +43,8 @@ class MultiHeadAttention(nn.Module):
         else:
             weights = (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
         biases = (None,) * 3 if original.in_proj_bias is None else original.in_proj_bias.detach().chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = (_linear(w, b) for w, b in zip(weights, biases, strict=True))
-        self.out_proj = _linear(original.out_proj.weight, original.out_proj.bias)
+        self.q_proj, self.k_proj, self.v_proj = (linear(w, b) for w, b in zip(weights, biases, strict=True))
+        self.out_proj = linear(original.out_proj.weight, original.out_proj.bias)
 
     def forward(
         self,
@@ -66,15 +67,9 @@ class MultiHeadAttention(nn.Module):
         k = self._heads(self.k_proj(key))
         v = self._heads(self.v_proj(value))
         mask = self._mask(q, attn_mask, key_padding_mask)
-        causal = is_causal and mask is None
-        grouped = k.shape[1] < q.shape[1]
         dropout = self.dropout if self.training else 0.0
-        mixed, weights = (
-            self._attend_with_weights(q, k, v, mask, causal)
-            if need_weights
-            else (F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=grouped), None)
-        )
-        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        mixed, weights = attend(self, q, k, v, mask, dropout=dropout, is_causal=is_causal, need_weights=need_weights)
+        output = self.out_proj(mixed.flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
@@ -104,27 +99,16 @@ class MultiHeadAttention(nn.Module):
             mask = padding if mask is None else mask + padding
         return mask
 
-    @staticmethod
-    def _attend_with_weights(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            mask = _additive(hidden, q)
-        weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-        return weights @ v, weights
 
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear layer with a copy of these weights, (out, in) and (out,)."""
     out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer = nn.Linear(in_features, out_features, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        linear.weight.copy_(weight)
+        layer.weight.copy_(weight)
         if bias is not None:
-            linear.bias.copy_(bias)
-    return linear
+            layer.bias.copy_(bias)
+    return layer
 
 
 def _additive(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,37 @@ def named_outputs(result: Any) -> dict[str, torch.Tensor]:
     return outputs
 
 
+def mask_name(inputs: Mapping[str, Any], *, decoder: bool) -> str | None:
+    """The input that says which tokens are padding, of the encoder's or of the decoder's sequence.
+
+    The inputs of a decoder start with ``decoder_``. A model that is given none of them has one sequence, or makes the
+    decoder's from the encoder's token by token: then both are the same.
+    """
+    two = any(name.startswith("decoder_") for name in inputs)
+    names = [
+        name
+        for name in inputs
+        if name.endswith(("attention_mask", "padding_mask"))
+        and inputs[name].ndim >= 1
+        and (not two or name.startswith("decoder_") == decoder)
+    ]
+    return names[0] if names else None
+
+
+def real_tokens(inputs: Mapping[str, np.ndarray], *, decoder: bool) -> np.ndarray | None:
+    """True where a token is no padding, in the shape of the mask; None where there is no mask."""
+    name = mask_name(inputs, decoder=decoder)
+    if name is None:
+        return None
+    mask = inputs[name].astype(bool)
+    return mask if name.endswith("attention_mask") else ~mask
+
+
+def of_decoder(output: str) -> bool:
+    """Whether an output per token is about the decoder's tokens, where a model has an encoder and a decoder."""
+    return not output.startswith("encoder_")
+
+
 def run(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Call ``module`` with named inputs and name its outputs."""
     return named_outputs(module(**batch))

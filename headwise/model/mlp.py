@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, D model width, F neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
 from headwise.model.families import Family, FeedForward
-from headwise.model.neurons import MlpLayout
+from headwise.model.layout import MlpLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +43,21 @@ class MlpView:
         index: position in ``ModelView.mlp``.
         path: dotted name of the block from the root of the model; ``block``: the block itself.
         record: where the block keeps its MLP.
-        transposed: weights are stored as (in, out).
+        family: the record of the block's attention; it says how weights are stored and which tokens there are.
+        runs: how often one forward of the model passes through it; its hooks see every run.
         residual: whether it is known what the output is added to.
         layout: the neurons that it has; surgery sets it together with the weights.
     """
 
-    def __init__(self, index: int, path: str, block: nn.Module, family: Family, record: FeedForward) -> None:
+    def __init__(
+        self, index: int, path: str, block: nn.Module, family: Family, record: FeedForward, *, runs: int = 1
+    ) -> None:
         self.index = index
         self.path = path
         self.block = block
         self.record = record
-        self.transposed = family.transposed
+        self.family = family
+        self.runs = runs
         self.residual = bool(record.residual)
         self.layout = self.count()
 
@@ -72,7 +76,7 @@ class MlpView:
 
     def linear(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The down projection as (D, F), and its bias."""
-        return matrix(self.output, transposed=self.transposed)
+        return matrix(self.output, transposed=self.family.transposed)
 
     def count(self) -> MlpLayout:
         """The layout that the weights have now, with neurons numbered by position."""
@@ -81,13 +85,13 @@ class MlpView:
 
     def read(self) -> MlpWeights:
         """The MLP's weights; views of the stored ones where possible."""
-        up, up_bias = matrix(attribute(self.block, self.record.up), transposed=self.transposed)
+        up, up_bias = matrix(attribute(self.block, self.record.up), transposed=self.family.transposed)
         gate, gate_bias = None, None
         if self.record.fused:
             gate, up = up.chunk(2)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
         elif self.record.gate:
-            gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.transposed)
+            gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.family.transposed)
         down, down_bias = self.linear()
         return MlpWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
 
@@ -124,5 +128,7 @@ class MlpView:
         return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with the residual stream that the output is added to, (B, T, D); only where that is known."""
+        """Call ``see`` with the residual stream that the output is added to, (B, T, D); never where there is none."""
+        if not self.residual:
+            return nullcontext()
         return watched_input(attribute(self.block, self.record.residual), see)

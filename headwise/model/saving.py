@@ -15,7 +15,8 @@ from torch import nn
 
 from headwise.artifacts import storage_error, write_atomic
 from headwise.model.checkpoint import SIDECAR, WEIGHTS, Checkpoint
-from headwise.model.families import Count
+from headwise.model.families import FAMILIES, Count
+from headwise.model.handed import handed_alike
 from headwise.model.layout import uniform
 from headwise.model.sources import constructor_arguments, fresh, quietly
 from headwise.model.view import ModelView
@@ -41,7 +42,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
         if checkpoint.kind == "transformers":
             sidecar["stock"] = _save_transformers(checkpoint, view, folder)
             sidecar["arguments"] = constructor_arguments(checkpoint.module)
-            if not sidecar["stock"] and _stock_config(view):
+            if not sidecar["stock"] and stock_entries(view):
                 # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
                 sidecar["per_layer_config"] = _per_layer_config(view)
         else:
@@ -56,12 +57,14 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     """Write transformers' own files; returns whether the stock class can load them."""
     module: Any = checkpoint.module
     original = module.config
-    stock = _config_for(view, module)
+    stock = _stock_config(view, module)
     try:
-        module.config = stock or original
+        # The layers keep the config that they share with the model.
+        module.config = copy.deepcopy(original) if stock is None else stock
         # The original format renames weights in a way that only the stock loader undoes.
+        tensors = module.state_dict() if stock is None else _stock_tensors(module, stock)
         with quietly():
-            module.save_pretrained(str(folder), save_original_format=stock is not None)
+            module.save_pretrained(str(folder), state_dict=tensors, save_original_format=stock is not None)
     finally:
         module.config = original
     if checkpoint.folder is not None:
@@ -69,28 +72,62 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     return stock is not None
 
 
-def _config_for(view: ModelView, module: Any) -> Any:
-    """A config from which the stock class makes a model of these shapes; None where no config can say it."""
-    layout, untouched = view.layout, ModelView.of(fresh(module)).layout
-    counts, before = ([(len(e.query), len(e.kv)) for e in which.attention] for which in (layout, untouched))
-    widths, old_widths = ([len(e.neurons) for e in which.mlp] for which in (layout, untouched))
-    config = copy.deepcopy(module.config)
-    if counts != before:
-        if not uniform(layout.attention) or not _stock_config(view):
+def _stock_config(view: ModelView, module: nn.Module) -> Any:
+    """A config from which the stock class makes a model of these shapes; None where no config can say them."""
+    entries = _changed_entries(view, module)
+    if entries is None or (entries and not _accepts(module.config, entries)):
+        return None
+    config: Any = copy.deepcopy(module.config)
+    for name, count in entries.items():
+        setattr(config, name, count)
+    tensors = module.state_dict()
+    made = fresh(module, config).state_dict()
+    fits = all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in made.items())
+    return config if fits else None
+
+
+def _changed_entries(view: ModelView, module: nn.Module) -> dict[str, Any] | None:
+    """The entries of the config that have to change, with their new values; None where it has no such entries."""
+    layout, stock = view.layout, ModelView.of(fresh(module)).layout
+    heads, before = ([(len(entry.query), len(entry.kv)) for entry in which.attention] for which in (layout, stock))
+    widths, old_widths = ([len(entry.neurons) for entry in which.mlp] for which in (layout, stock))
+    entries: dict[str, Any] = {}
+    if heads != before or any(entry.clustered for entry in layout.attention):
+        counted = stock_entries(view)
+        if not counted or not uniform(layout.attention) or not handed_alike(view):
             return None
-        for name, count in _stock_config(view).items():
-            setattr(config, name, count(next(iter(layout.attention))))
+        entries |= {name: count(layout.attention[0]) for name, count in counted.items()}
     if widths != old_widths:
         sizes = {mlp.record.size for mlp in view.mlp}
         if len(set(widths)) > 1 or len(sizes) > 1 or "" in sizes:
             return None
-        setattr(config, sizes.pop(), widths.pop())
-    made = {name: tensor.shape for name, tensor in fresh(module, config).state_dict().items()}
-    return config if made == {name: tensor.shape for name, tensor in module.state_dict().items()} else None
+        entries[sizes.pop()] = widths[0]
+    return entries
 
 
-def _stock_config(view: ModelView) -> Mapping[str, Count]:
-    """Entries of the model's own config that can express head counts, where all layers are of one family."""
+def _stock_tensors(module: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    """The tensors that the stock class has; layers that compute their own have more, which are copies then."""
+    names = fresh(module, config).state_dict().keys()
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}
+
+
+def _accepts(config: Any, entries: Mapping[str, Any]) -> bool:
+    """Whether the config's class takes these numbers: some classes want one that divides the model width."""
+    try:
+        type(config).from_dict({**config.to_dict(), **entries})
+    except Exception:  # somebody else's checks
+        return False
+    return True
+
+
+def stock_entries(view: ModelView) -> Mapping[str, Count]:
+    """Entries of the model's own config that can express head counts, where all layers are of one family.
+
+    A model of several towers has a config of configs, which has no entry for heads itself.
+    """
+    config: Any = view.module.config
+    if config.model_type not in FAMILIES:
+        return {}
     first, *rest = [layer.family.config for layer in view.attention]
     grouped = any(layer.group > 1 for layer in view.layout.attention)
     if any(config != first for config in rest) or (grouped and "num_key_value_heads" not in first):

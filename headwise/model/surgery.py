@@ -12,13 +12,34 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwise.errors import SurgeryError
-from headwise.model.access import assign, attribute
-from headwise.model.layout import AttentionLayout, DropHeads, EditPlan, Layout, ShareKV
+from headwise.model.attend import form
+from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, DropNeurons, EditPlan, ShareKV
+from headwise.model.handed import compute_own
+from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
-from headwise.model.neurons import DropNeurons
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
-from headwise.model.surgery_store import store
 from headwise.model.view import AttentionView, ModelView, Projections
+from headwise.model.writing import write, write_output, written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueHeads:
+    """The value heads of a layer.
+
+    Attributes:
+        weight: (K, H, D).
+        bias: (K, H), or None where values have no bias.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def plus(self, maps: torch.Tensor, other: ValueHeads) -> ValueHeads:
+        """These heads and ``maps``, (K, H, H), times the other ones, in float64."""
+        bias = self.bias
+        if bias is not None and other.bias is not None:
+            bias = bias.double() + _mapped(maps, other.bias)
+        return ValueHeads(weight=self.weight.double() + _mapped(maps, other.weight), bias=bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +52,7 @@ class SharedKV:
         key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
             of its group, up to what the merge loses; ``value_maps``: the same for values.
         output_bias: (D,) to add to the output bias; None where there is none.
+        missed: what the shared value heads miss most of their groups, of which a refit may take something in.
     """
 
     key: torch.Tensor
@@ -40,6 +62,7 @@ class SharedKV:
     key_maps: torch.Tensor
     value_maps: torch.Tensor
     output_bias: torch.Tensor | None
+    missed: ValueHeads
 
 
 Payloads = Mapping[int, SharedKV]
@@ -55,20 +78,32 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     """
     plan.check(model.layout)
     predicted = plan.predict(model.layout)
+    compute_own(model)
     for position, edit in enumerate(plan.edits):
+        if isinstance(edit, DropNeurons):
+            drop_neurons(model.mlp[edit.layer], edit)
+            continue
+        layer = model.attention[edit.layer]
         match edit:
             case DropHeads():
-                drop_heads(model.attention[edit.layer], edit)
+                drop_heads(layer, edit)
             case ShareKV():
-                share_kv(model.attention[edit.layer], edit, (payloads or {})[position])
-            case DropNeurons():
-                drop_neurons(model.mlp[edit.layer], edit)
-    counted = tuple(view.count() for view in model.attention)
-    for view, want, have in zip(model.attention, predicted.attention, counted, strict=True):
-        if view.layout != want or (len(have.query), len(have.kv)) != (len(want.query), len(want.kv)):
+                share_kv(layer, edit, (payloads or {})[position])
+            case ClusterHeads():
+                cluster_heads(layer, edit)
+            case ClusterOnline():
+                write(layer, layer.read(), edit.apply(layer.layout))
+    _require_landed(model, predicted)
+
+
+def _require_landed(model: ModelView, predicted: Layout) -> None:
+    """Raise SurgeryError where layouts or weights are not those that the plan said."""
+    for view, want in zip(model.attention, predicted.attention, strict=True):
+        if view.layout != want or not view.fits():
+            have = view.layout
             raise SurgeryError(
                 f"layer {view.index} has {len(have.query)} query and {len(have.kv)} kv heads after surgery",
-                expected=f"{len(want.query)} and {len(want.kv)}, as planned",
+                expected=f"{len(want.query)} and {len(want.kv)}, as planned, and weights of that many",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
     for mlp, left in zip(model.mlp, predicted.mlp, strict=True):
@@ -84,8 +119,10 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
 def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
-    Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers.
+    Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
+    queries and keys of representatives.
     """
+    compute_own(model)
     with ExitStack() as stack:
         for layer in model.attention:
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
@@ -98,32 +135,55 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 stack.enter_context(mlp.gate(torch.tensor(gates, dtype=mlp.linear()[0].dtype)))
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
-                stack.enter_context(_written_out(model.attention[edit.layer], edit, (payloads or {})[position]))
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
+            if isinstance(edit, ClusterHeads):
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, *_spread_clusters(layer, edit)))
+            if isinstance(edit, ClusterOnline):
+                # Which heads are alike is known sample by sample only: every head computes scores, with the queries
+                # and keys of its representative.
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
+                stack.enter_context(form("fused"))
         yield
 
 
-@contextmanager
-def _written_out(view: AttentionView, edit: ShareKV, shared: SharedKV) -> Iterator[None]:
+def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projections, AttentionLayout]:
+    """Every head with the queries and keys of its representative, as multi-head attention."""
+    old, layout = view.read(), view.layout
+    used = [layout.query.index(head) for head in edit.apply(layout).represented or layout.query]
+    keys = [layout.kv.index(layout.reads(layout.query[position])) for position in used]
+    values = [layout.kv.index(layout.reads(head)) for head in layout.query]
+    spread = Projections(
+        query=old.query[used],
+        key=old.key[keys],
+        value=old.value[values],
+        output=old.output,
+        query_bias=_pick(old.query_bias, used),
+        key_bias=_pick(old.key_bias, keys),
+        value_bias=_pick(old.value_bias, values),
+        output_bias=old.output_bias,
+        further={path: parts[used] for path, parts in old.further.items()},
+    )
+    return spread, replace(layout, kv=tuple(range(len(used))))
+
+
+def _spread_shared(view: AttentionView, edit: ShareKV, shared: SharedKV) -> tuple[Projections, AttentionLayout]:
+    """Every kv head as the map of its group's shared head."""
     old, layout = view.read(), view.layout
     group_of = {head: index for index, group in enumerate(edit.groups) for head in group}
     groups = [group_of[head] for head in layout.kv]
     bias = old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias)
-    write(
-        view,
-        replace(
-            old,
-            key=_mapped(shared.key_maps, shared.key[groups]),
-            value=_mapped(shared.value_maps, shared.value[groups]),
-            key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
-            value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
-            output_bias=bias,
-        ),
-        layout,
+    spread = replace(
+        old,
+        key=_mapped(shared.key_maps, shared.key[groups]),
+        value=_mapped(shared.value_maps, shared.value[groups]),
+        key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
+        value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
+        output_bias=bias,
     )
-    try:
-        yield
-    finally:
-        write(view, old, layout)
+    return spread, layout
 
 
 def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
@@ -142,6 +202,7 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
         key_bias=shared.key_bias,
         value_bias=shared.value_bias,
         output_bias=old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias),
+        further={path: parts[order] for path, parts in old.further.items()},
     )
     write(view, new, layout)
 
@@ -154,6 +215,21 @@ def _mapped(maps: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
 def _added(bias: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
     assert bias is not None, "a constant is only folded where there is an output bias"
     return bias.double() + delta.double()
+
+
+def cluster_heads(view: AttentionView, edit: ClusterHeads) -> None:
+    """Slice the queries of members out, and the keys that no representative reads."""
+    old, before, layout = view.read(), view.layout, edit.apply(view.layout)
+    queries = [before.query.index(head) for head in layout.scoring]
+    keys = [before.kv.index(head) for head in layout.keyed]
+    new = replace(
+        old,
+        query=old.query[queries],
+        key=old.key[keys],
+        query_bias=_pick(old.query_bias, queries),
+        key_bias=_pick(old.key_bias, keys),
+    )
+    write(view, new, layout)
 
 
 def drop_heads(view: AttentionView, edit: DropHeads) -> None:
@@ -171,6 +247,7 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
         key_bias=_pick(old.key_bias, kvs),
         value_bias=_pick(old.value_bias, kvs),
         output_bias=old.output_bias,
+        further={path: parts[queries] for path, parts in old.further.items()},
     )
     write(view, new, layout)
 
@@ -180,55 +257,52 @@ def set_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.
 
     Args:
         view: the layer.
-        weight: (D, N, H) or (D, N * H) for attention, (D, F) for an MLP.
+        weight: (D, F), F = N * H for attention.
         bias: (D,), or None where the layer has none.
     """
-    old, old_bias = view.linear()
-    if (bias is None) != (old_bias is None):
+    if (bias is None) != (view.linear()[1] is None):
         raise SurgeryError(
             f"layer {view.index}: a bias {'is missing' if bias is None else 'is given'} for the output projection",
             expected="a bias exactly where the original layer has one",
             fix="fold constants only into layers that have an output bias",
         )
-    transposed = view.transposed if isinstance(view, MlpView) else view.family.transposed
-    store(view.output, weight.reshape(old.shape), bias, transposed=transposed)
+    write_output(view, weight, bias)
+
+
+def set_values(view: AttentionView, values: ValueHeads) -> None:
+    """Replace the value heads of a layer."""
+    write(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout)
+
+
+@contextmanager
+def other_values(view: AttentionView, values: ValueHeads) -> Iterator[None]:
+    """Other value heads while the block runs."""
+    with written(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout):
+        yield
 
 
 def reshape(model: ModelView, layout: Layout) -> None:
     """Give every layer the shapes of ``layout``, with zeros in it, so that saved weights can be loaded."""
+    compute_own(model)
     for view, entry in zip(model.attention, layout.attention, strict=True):
         old = view.read()
         n, k, h = len(entry.query), len(entry.kv), entry.head_dim
+        r, j = len(entry.scoring), len(entry.keyed)
         zeros = Projections(
-            query=old.query.new_zeros(n, h, old.query.shape[2]),
-            key=old.key.new_zeros(k, h, old.key.shape[2]),
+            query=old.query.new_zeros(r, h, old.query.shape[2]),
+            key=old.key.new_zeros(j, h, old.key.shape[2]),
             value=old.value.new_zeros(k, h, old.value.shape[2]),
             output=old.output.new_zeros(old.output.shape[0], n, h),
-            query_bias=None if old.query_bias is None else old.query_bias.new_zeros(n, h),
-            key_bias=None if old.key_bias is None else old.key_bias.new_zeros(k, h),
+            query_bias=None if old.query_bias is None else old.query_bias.new_zeros(r, h),
+            key_bias=None if old.key_bias is None else old.key_bias.new_zeros(j, h),
             value_bias=None if old.value_bias is None else old.value_bias.new_zeros(k, h),
             output_bias=old.output_bias,
+            further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
         write(view, zeros, entry)
+    # Layouts of version 0.1.0 say nothing about neurons.
     for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
         reshape_mlp(mlp, neurons)
-
-
-def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
-    """Store projections the way the family stores them, and keep its head counts true."""
-    family = view.family
-    weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
-    biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
-    if family.fused:
-        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        store(attribute(view.module, family.query), torch.cat(weights), bias, transposed=family.transposed)
-    else:
-        for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
-            store(attribute(view.module, path), weight, bias, transposed=family.transposed)
-    store(view.output, new.output.flatten(1), new.output_bias, transposed=family.transposed)
-    for path, count in family.bookkeeping.items():
-        assign(view.module, path, count(layout))
-    view.layout = layout
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from headwise.model.access import attribute
-from headwise.model.mlp import MlpView, MlpWeights
-from headwise.model.neurons import DropNeurons, MlpLayout
-from headwise.model.surgery_store import store
+from headwise.model.edits import DropNeurons
+from headwise.model.layout import MlpLayout
+from headwise.model.mlp import MlpView
+from headwise.model.writing import write_mlp
 
 
 def drop_neurons(view: MlpView, edit: DropNeurons) -> None:
@@ -44,21 +44,6 @@ def reshape_mlp(view: MlpView, layout: MlpLayout) -> None:
         gate_bias=None if old.gate_bias is None else old.gate_bias.new_zeros(count),
     )
     write_mlp(view, zeros, layout)
-
-
-def write_mlp(view: MlpView, new: MlpWeights, layout: MlpLayout) -> None:
-    """Store the weights the way the family stores them."""
-    record = view.record
-    up, up_bias = new.up, new.up_bias
-    if record.fused:
-        assert new.gate is not None
-        up = torch.cat([new.gate, up])
-        up_bias = None if up_bias is None or new.gate_bias is None else torch.cat([new.gate_bias, up_bias])
-    elif new.gate is not None:
-        store(attribute(view.block, record.gate), new.gate, new.gate_bias, transposed=view.transposed)
-    store(attribute(view.block, record.up), up, up_bias, transposed=view.transposed)
-    store(view.output, new.down, new.down_bias, transposed=view.transposed)
-    view.layout = layout
 
 
 def _pick(tensor: torch.Tensor | None, kept: list[int]) -> torch.Tensor | None:

@@ -1,11 +1,12 @@
 """The same eyes for every model: read heads, gate heads, watch head outputs. Nothing here changes a weight.
 
-Shape letters: B batch, T tokens, D model width, N query heads, K kv heads, H head_dim.
+Shape letters: B batch, T tokens, D model width, N query heads, K kv heads, H head_dim. In a clustered layer R of the N
+query heads have queries and J of the K kv heads have keys; elsewhere R is N and J is K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwise.errors import PlanError
-from headwise.model.access import See, attribute, hooked, matrix, watched_input, watched_output
+from headwise.model.access import See, attribute, find, hooked, matrix, watched_input, watched_output
+from headwise.model.attend import See as SeeWeights
+from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
-from headwise.model.families import Family
-from headwise.model.finding import backbones, find_by_path, find_by_type, find_mlp, no_attention
+from headwise.model.finding import Found, backbones, find_by_path, find_by_type, find_mlp, no_attention
+from headwise.model.grouped import GroupedAttention
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
+from headwise.model.timm_attention import unpack_timm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,11 @@ class Projections:
     """The weights of one attention layer, in this order and shape for every family.
 
     Attributes:
-        query: (N, H, D); ``key`` and ``value``: (K, H, D).
+        query: (R, H, D); ``key``: (J, H, D); ``value``: (K, H, D).
         output: (D, N, H).
-        query_bias: (N, H) or None; ``key_bias`` and ``value_bias``: (K, H) or None.
+        query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
         output_bias: (D,) or None.
+        further: path of a further parameter -> its parts, (N, ...) of any shape behind.
     """
 
     query: torch.Tensor
@@ -42,6 +47,7 @@ class Projections:
     key_bias: torch.Tensor | None
     value_bias: torch.Tensor | None
     output_bias: torch.Tensor | None
+    further: Mapping[str, torch.Tensor]
 
 
 class AttentionView:
@@ -52,25 +58,54 @@ class AttentionView:
         path: dotted name of the attention module from the root of the model.
         module: the attention module; ``block``: the transformer block around it.
         layout: the heads it has; surgery sets it together with the weights.
-        residual: whether the block's input is the residual stream that this layer adds to.
+        residual: whether ``watch_residual`` sees the residual stream that this layer adds to.
+        runs: how often one forward of the model passes through it; its hooks see every run.
     """
 
-    def __init__(self, index: int, path: str, module: nn.Module, block: nn.Module, family: Family) -> None:
+    def __init__(self, index: int, found: Found) -> None:
         self.index = index
-        self.path = path
-        self.module = module
-        self.block = block
-        self.family = family
+        self.path = found.path
+        self.module = found.module
+        self.block = found.block
+        self.family = found.family.regrouped() if isinstance(found.module, GroupedAttention) else found.family
+        self.runs = found.runs
         self.residual = True
-        self.layout = self.count()
+        self.layout = bound(self.caller) or self._plain_layout()
 
-    def count(self) -> AttentionLayout:
-        """The layout that the weights have now, with heads numbered by position."""
+    @property
+    def caller(self) -> nn.Module:
+        """The module that calls the attention function."""
+        module = attribute(self.module, self.family.caller)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def _plain_layout(self) -> AttentionLayout:
+        """The layout of an unedited module, with heads numbered by position."""
         head_dim = int(attribute(self.module, self.family.head_dim))
         queries = self._matrix(self.output)[0].shape[1] // head_dim
         rows = self._matrix(attribute(self.module, self.family.key))[0].shape[0] // head_dim
         kvs = (rows - queries) // 2 if self.family.fused else rows
         return AttentionLayout(query=tuple(range(queries)), kv=tuple(range(kvs)), head_dim=head_dim)
+
+    def fits(self) -> bool:
+        """Whether the weights have the shapes that the layout says."""
+        layout, H = self.layout, self.layout.head_dim
+        rows = [len(heads) * H for heads in (layout.scoring, layout.keyed, layout.kv)]
+        family = self.family
+        paths = [family.query] if family.fused else [family.query, family.key, family.value]
+        have = [self._matrix(attribute(self.module, path))[0].shape[0] for path in paths]
+        width = self._matrix(self.output)[0].shape[1]
+        return have == ([sum(rows)] if family.fused else rows) and width == len(layout.query) * H
+
+    @property
+    def rotated(self) -> int:
+        """How many leading coordinates of every head are rotated by their position."""
+        return self.family.rotated(getattr(self.module, "config", None), self.layout.head_dim)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the layer's output is added to the residual stream as it is."""
+        return not self.family.between or isinstance(attribute(self.block, self.family.between), nn.Identity)
 
     @property
     def output(self) -> nn.Module:
@@ -89,29 +124,43 @@ class AttentionView:
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
-        family, heads = self.family, -1
-        H = self.layout.head_dim
+        family, H = self.family, self.layout.head_dim
         if family.fused:
             weight, bias = self._matrix(attribute(self.module, family.query))
-            sizes = [H * n for n in (len(self.layout.query), len(self.layout.kv), len(self.layout.kv))]
-            weights = weight.split(sizes)
-            biases = (None,) * 3 if bias is None else bias.split(sizes)
+            q, k, v = self._parts(weight)
+            qb, kb, vb = (None,) * 3 if bias is None else self._parts(bias)
         else:
             parts = [self._matrix(attribute(self.module, p)) for p in (family.query, family.key, family.value)]
-            weights, biases = zip(*parts, strict=True)
-        q, k, v = (w.unflatten(0, (heads, H)) for w in weights)
-        qb, kb, vb = (None if b is None else b.unflatten(0, (heads, H)) for b in biases)
+            q, k, v = (weight.unflatten(0, (-1, H)) for weight, _ in parts)
+            qb, kb, vb = (None if bias is None else bias.unflatten(0, (-1, H)) for _, bias in parts)
         output, output_bias = self._matrix(self.output)
         return Projections(
             query=q,
             key=k,
             value=v,
-            output=output.unflatten(1, (heads, H)),
+            output=output.unflatten(1, (-1, H)),
             query_bias=qb,
             key_bias=kb,
             value_bias=vb,
             output_bias=output_bias,
+            further=dict(self._further()),
         )
+
+    def _parts(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of a fused matrix or bias, each (heads, H, ...)."""
+        layout, H = self.layout, self.layout.head_dim
+        parts: tuple[torch.Tensor, ...] = (
+            fused.unflatten(0, (-1, 3, H)).unbind(1)
+            if self.family.interleaved
+            else fused.unflatten(0, (-1, H)).split([len(heads) for heads in (layout.scoring, layout.keyed, layout.kv)])
+        )
+        return parts
+
+    def _further(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, axis in self.family.per_head.items():
+            parameter = find(self.module, path)
+            if isinstance(parameter, nn.Parameter):
+                yield path, parameter.detach().movedim(axis, 0).unflatten(0, (len(self.layout.query), -1))
 
     @contextmanager
     def gate(self, scale: torch.Tensor, instead: torch.Tensor | None = None) -> Iterator[None]:
@@ -135,17 +184,31 @@ class AttentionView:
         """Call ``see`` with the head outputs, (B, T, N, H), on every forward."""
         return watched_input(self.output, lambda heads: see(heads.unflatten(-1, (-1, self.layout.head_dim))))
 
+    def watch_weights(self, see: SeeWeights) -> AbstractContextManager[None]:
+        """Call ``see`` with attention weights, (B, N, T, S), and the values they weigh, (B, N, S, H)."""
+        return watch(self.caller, see)
+
+    @contextmanager
+    def watch_calls(self, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+        """Call ``see`` with the arguments of every call of the attention module."""
+        with hooked(self.module.register_forward_pre_hook(lambda _, *call: see(*call), with_kwargs=True)):
+            yield
+
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what keys and values are projected from, (B, S, D), on every forward."""
         return watched_input(attribute(self.module, self.family.key), see)
 
+    def watch_query_input(self, see: See) -> AbstractContextManager[None]:
+        """Call ``see`` with what queries are projected from, (B, T, D), on every forward."""
+        return watched_input(attribute(self.module, self.family.query), see)
+
     def watch_output(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with what the layer adds to the residual stream, (B, T, D)."""
+        """Call ``see`` with the output of the output projection, (B, T, D), bias included."""
         return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
-        """Call ``see`` with the block's input, (B, T, D): the residual stream that the layer's output is added to."""
-        return watched_input(self.block, see)
+        """Call ``see`` with the residual stream that the layer's output is added to, (B, T, D); see ``residual``."""
+        return watched_input(attribute(self.block, self.family.residual), see)
 
 
 class ModelView:
@@ -164,9 +227,10 @@ class ModelView:
 
     @classmethod
     def of(cls, module: nn.Module) -> ModelView:
-        """The view of a transformers model, or of a plain module with such models or ``nn.MultiheadAttention`` inside.
+        """The view of a transformers model, or of a plain module.
 
-        A plain module's packed attention is unpacked in place, which leaves its function as it is.
+        In a plain module, transformers models, ``nn.MultiheadAttention`` and timm's ``Attention`` are found. Packed
+        attention is unpacked in place, which leaves the module's function as it is.
 
         Raises:
             UnsupportedModelError: no family record fits; the message names the model type and the known ones.
@@ -174,18 +238,20 @@ class ModelView:
         found = [entry for backbone in backbones(module) for entry in find_by_path(module, backbone)]
         if not isinstance(module, PreTrainedModel):
             unpack_attention(module)
+            unpack_timm(module)
             found += find_by_type(module)
         if not found:
             raise no_attention(module)
-        views = tuple(AttentionView(index, *entry) for index, entry in enumerate(found))
+        views = tuple(AttentionView(index, entry) for index, entry in enumerate(found))
         names = {id(child): name for name, child in module.named_modules()}
         mlps: list[MlpView] = []
         seen: set[int] = set()
         for view in views:
-            view.residual = id(view.block) not in seen
+            view.residual = bool(view.family.residual) or id(view.block) not in seen
             record = find_mlp(view.block, view.family)
-            if view.residual and record is not None:
-                mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, view.family, record))
+            if record is not None and id(view.block) not in seen:
+                path = names[id(view.block)]
+                mlps.append(MlpView(len(mlps), path, view.block, view.family, record, runs=view.runs))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headwise.passes.base import Pass
+from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.prune_heads import PruneHeads
-from headwise.passes.prune_mlp import PruneMlp
+from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 
-PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, PruneMlp, ShareKVHeads)}
-"""The only registry: name in a recipe -> pass."""
+PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, ShareKVHeads, ClusterHeadsPass)}
+"""Passes that edit the model: name in a recipe -> pass."""
+
+STEPS: Mapping[str, type[Pass] | type[Quantize]] = {**PASSES, Quantize.name: Quantize}
+"""Everything that can stand under ``passes`` in a recipe; quantization works on the exported graph and comes last."""

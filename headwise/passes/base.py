@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
-from headwise.errors import SurgeryError
+from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
-from headwise.model.forward import run, to_torch
-from headwise.model.layout import EditPlan, Layout
+from headwise.model.edits import EditPlan
+from headwise.model.forward import of_decoder, real_tokens, run, to_torch
+from headwise.model.layout import Layout
 from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
 from headwise.passes.recovery import Progress, Recovery, fold, refit, removed_means
@@ -76,7 +78,7 @@ class PassRecord:
     after: Layout
     stats_digest: str
     twin_error: float
-    refit: tuple[Mapping[str, float], ...]
+    refit: tuple[Mapping[str, Any], ...]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def make_plan(
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
+    _refuse(pass_, view)
     recovery = pass_.recovery()
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
@@ -111,6 +114,17 @@ def make_plan(
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
+
+
+def _refuse(pass_: Pass, view: ModelView) -> None:
+    """Raise PlanError, before anything is measured, where a pass cannot be right on a layer's class."""
+    for layer in view.attention:
+        if pass_.name in layer.family.refuses:
+            raise PlanError(
+                f"{pass_.name} cannot be applied to layer {layer.index} ({layer.family.name})",
+                expected=f"another pass, because {layer.family.refuses[pass_.name]}",
+                fix="leave the pass out; `headwise inspect` lists what a model cannot have done to it",
+            )
 
 
 def run_pass(
@@ -143,21 +157,24 @@ def run_pass(
     start = time.perf_counter()
     before = view.layout
     plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
-    inputs = to_torch(examples.example_batch())
+    batch = examples.example_batch()
+    inputs = to_torch(batch)
     payloads = pass_.payloads(view, stats, plan)
     with surgery.twin(view, plan, payloads), torch.inference_mode():
         twin = run(view.module, inputs)
     means = removed_means(view, plan, stats)
     bystanders = _versions(view)
     surgery.apply(view, plan, payloads)
-    twin_error = _require_exact(view, twin, inputs)
-    fits: list[Mapping[str, float]] = []
+    twin_error = _require_exact(view, twin, batch)
+    fits: list[Mapping[str, Any]] = []
     recovery = pass_.recovery()
     if recovery is not None and plan.edits:
         if recovery.fold_mean:
             fold(view, means)
         if recovery.refit:
-            fits = refit(view, teacher, plan, recovery, examples, batch_size=batch_size, progress=progress)
+            missed = {plan.edits[position].layer: payload.missed for position, payload in payloads.items()}
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+            fits = refit(view, teacher, plan, recovery, examples, missed=missed, **options)
     if _versions(view) != bystanders:
         raise SurgeryError(
             "a weight outside the attention layers and MLPs changed",
@@ -177,13 +194,19 @@ def run_pass(
     )
 
 
-def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> float:
+def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], batch: Mapping[str, np.ndarray]) -> float:
+    """The largest relative difference; tokens of padding, which may see no token at all, are left out."""
     with torch.inference_mode():
-        outputs = run(view.module, inputs)
-    worst = 0.0
-    for name, expected in twin.items():
-        scale = max(float(expected.abs().max()), 1e-6)
-        worst = max(worst, float((outputs[name] - expected).abs().max()) / scale)
+        outputs = run(view.module, to_torch(batch))
+    errors: list[torch.Tensor] = []
+    for name, every in twin.items():
+        valid = real_tokens(batch, decoder=of_decoder(name))
+        per_token = valid is not None and every.dim() > 2 and tuple(every.shape[:2]) == valid.shape
+        keep = torch.as_tensor(valid) if per_token else slice(None)
+        expected, actual = every[keep], outputs[name][keep]
+        errors.append((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    # Not Python's maximum, which passes over what is not a number.
+    worst = float(torch.stack(errors).max())
     if not worst <= TWIN:
         raise SurgeryError(
             f"the edited model differs from its exact twin by {worst:.2g} of the largest output",

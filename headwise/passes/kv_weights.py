@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.calibration.merge import Merged
-from headwise.model.surgery import SharedKV
+from headwise.calibration.energy import GroupEnergy
+from headwise.calibration.merge import Merged, missed
+from headwise.model.surgery import SharedKV, ValueHeads
 from headwise.model.view import AttentionView, Projections
 
 
@@ -41,21 +42,24 @@ class KVWeights:
     fold_value: bool
 
     @classmethod
-    def of(cls, layer: AttentionView, moment: torch.Tensor, *, fold: bool, weighted: bool) -> KVWeights:
+    def of(
+        cls, layer: AttentionView, moment: torch.Tensor, query_moment: torch.Tensor, *, fold: bool, weighted: bool
+    ) -> KVWeights:
         """Prepare a layer.
 
         Args:
             layer: the layer.
-            moment: (D + 1, D + 1) second moment of its input with a 1 behind it.
+            moment: (D + 1, D + 1) second moment of the input of keys and values with a 1 behind it.
+            query_moment: the same for the input of queries.
             fold: fold biases where that is exact.
             weighted: weight errors by queries and output projection; otherwise all directions count the same.
         """
         old = layer.read()
-        fold_key = fold and not layer.family.rotary and not layer.family.qk_norm
+        fold_key = fold and not (layer.family.rotary or layer.family.qk_norm or layer.family.soft_cap)
         fold_value = fold and old.output_bias is not None
         key, key_moment = _prepared(old.key, old.key_bias, moment, fold_key)
         value, value_moment = _prepared(old.value, old.value_bias, moment, fold_value)
-        key_weights, value_weights = _error_weights(old, moment)
+        key_weights, value_weights = _error_weights(old, query_moment)
         if not weighted:
             identity = torch.eye(key.shape[1], dtype=torch.float64)
             key_weights = value_weights = identity.repeat(len(key), 1, 1)
@@ -72,6 +76,13 @@ class KVWeights:
             fold_value=fold_value,
         )
 
+    def energies(self, rotated: int) -> tuple[GroupEnergy, GroupEnergy]:
+        """What groups of these keys lose, ``rotated`` coordinates of which are turned by position, and of values."""
+        return (
+            GroupEnergy(self.key, self.key_moment, self.key_weights, rotated=rotated),
+            GroupEnergy(self.value, self.value_moment, self.value_weights, rotated=0),
+        )
+
     def assemble(self, keys: Sequence[Merged], values: Sequence[Merged], groups: Sequence[Sequence[int]]) -> SharedKV:
         """The numbers of the edit from one merged key and value head per group."""
         width = self.old.key.shape[2]
@@ -79,6 +90,7 @@ class KVWeights:
         places = [position[head] for head in range(len(self.old.key))]
         key, value = (torch.stack([m.shared for m in merged]) for merged in (keys, values))
         value_maps = torch.stack([values[g].maps[m] for g, m in places])
+        left = torch.stack([self._missed(merged, list(group)) for merged, group in zip(values, groups, strict=True)])
         return SharedKV(
             key=key[..., :width],
             value=value[..., :width],
@@ -87,7 +99,11 @@ class KVWeights:
             key_maps=torch.stack([keys[g].maps[m] for g, m in places]),
             value_maps=value_maps,
             output_bias=self._output_bias(value, value_maps, [g for g, _ in places]) if self.fold_value else None,
+            missed=ValueHeads(weight=left[..., :width], bias=_bias(left, width, self.old.value_bias)),
         )
+
+    def _missed(self, merged: Merged, group: list[int]) -> torch.Tensor:
+        return missed(merged, self.value[group], self.value_moment, self.value_weights[group])
 
     def _output_bias(self, value: torch.Tensor, maps: torch.Tensor, groups: list[int]) -> torch.Tensor:
         """What the old value heads give on average beyond what their maps of the shared heads give."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.layout import DropHeads, EditPlan, Scores
+from headwise.model.edits import DropHeads, EditPlan, Scores
 from headwise.model.view import ModelView
 from headwise.passes import scores as importance
 from headwise.passes.base import Pass

@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.layout import EditPlan
-from headwise.model.neurons import DropNeurons
+from headwise.model.edits import DropNeurons, EditPlan
 from headwise.model.view import ModelView
 from headwise.passes import scores as importance
 from headwise.passes.base import Pass

@@ -12,10 +12,10 @@ import torch
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.calibration.tasks import Examples
+from headwise.calibration.value_refit import fit_values
 from headwise.model import surgery
-from headwise.model.layout import DropHeads, Edit, EditPlan
+from headwise.model.edits import DropHeads, DropNeurons, Edit, EditPlan
 from headwise.model.mlp import MlpView
-from headwise.model.neurons import DropNeurons
 from headwise.model.view import AttentionView, ModelView
 
 Part = Literal["attention", "mlp"]
@@ -31,12 +31,14 @@ class Recovery:
         fold_mean: add the mean output of removed heads and neurons to the bias behind them, where there is one.
         refit: refit projections from the first edited layer on.
         ridge: see ``calibration.refit``.
+        rounds: how often shared value heads are solved, in turn with the output projection.
         parts: the kinds of layers that are refitted.
     """
 
     fold_mean: bool
     refit: bool
     ridge: float
+    rounds: int = 0
     parts: frozenset[Part] = frozenset({"attention"})
 
     def means(self) -> frozenset[Stat]:
@@ -79,6 +81,7 @@ def refit(
     recovery: Recovery,
     examples: Examples,
     *,
+    missed: Mapping[int, surgery.ValueHeads],
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, Any]]:
@@ -87,13 +90,19 @@ def refit(
     first = min(order.index(_layer(view, edit)) for edit in plan.edits)
     fits: list[Mapping[str, Any]] = []
     for layer in order[first:]:
-        mlp = isinstance(layer, MlpView)
-        part: Part = "mlp" if mlp else "attention"
+        part: Part = "mlp" if isinstance(layer, MlpView) else "attention"
         if part not in recovery.parts:
             continue
         report = None if progress is None else partial(progress, f"refit of {part} {layer.index}")
         options: dict[str, Any] = {"ridge": recovery.ridge, "batch_size": batch_size, "progress": report}
-        fit = fit_output(view, teacher, layer.index, examples, mlp=mlp, **options)
+        # A layer that runs several times reads in its later runs what it wrote: only its output is solved for.
+        if isinstance(layer, AttentionView) and recovery.rounds and layer.index in missed and layer.runs == 1:
+            lost = missed[layer.index]
+            both = fit_values(view, teacher, layer.index, lost, examples, rounds=recovery.rounds, **options)
+            surgery.set_values(layer, both.values)
+            fit = both.output
+        else:
+            fit = fit_output(view, teacher, layer.index, examples, mlp=part == "mlp", **options)
         surgery.set_output(layer, fit.weight, fit.bias)
         fits.append({"part": part, "layer": layer.index, "before": fit.before, "after": fit.after})
     return fits

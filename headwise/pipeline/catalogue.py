@@ -8,13 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headwise.passes import PASSES
+from headwise.passes import STEPS
 
 
 def passes_table() -> RenderableType:
     """One table per pass: option, type, default, meaning."""
     parts: list[RenderableType] = []
-    for name, cls in PASSES.items():
+    for name, cls in STEPS.items():
         table = Table("option", "default", "meaning", box=None, padding=(0, 2, 0, 2))
         properties = cls.model_json_schema()["properties"]
         for option, entry in properties.items():

@@ -10,9 +10,10 @@ from typing import Any
 from headwise.calibration.shapes import cost_row
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
-from headwise.gates.judge import judge_all, not_run
+from headwise.gates.judge import Verdict, judge_all, not_run
 from headwise.gates.measure import Measurement, Predictions, load_measurements, measure, predict, save_measurements
 from headwise.gates.model_cost import model_cost
+from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
 from headwise.pipeline.monitor import Monitor
@@ -82,19 +83,29 @@ class Gatekeeper:
         entry.cost.update(stored.info["cost"])
         return found
 
-    def judge(self, entry: StageEntry, measurements: Sequence[Measurement], *, can_roll_back: bool) -> bool:
-        """Whether the stage's result is used; raises ``Stopped`` when the gate ends the run."""
+    def judge(
+        self,
+        entry: StageEntry,
+        measurements: Sequence[Measurement],
+        others: Sequence[Verdict] = (),
+        *,
+        can_roll_back: bool,
+    ) -> bool:
+        """Whether the stage's result is used; raises ``Stopped`` when a gate, this one or ``others``, ends the run."""
         self.monitor.work("gate", 0)
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
-        verdicts = judge_all(measurements, gate, entry.name)
+        verdicts = [*judge_all(measurements, gate, entry.name), *others]
         return self.results.decide(entry, verdicts, gate, can_roll_back=can_roll_back)
 
-    def could_not_run(self, entry: StageEntry, reason: str) -> None:
-        """A verdict that says so for every judged output: a check that did not run is never a pass."""
+    def could_not_run(self, entry: StageEntry, reason: str, others: Sequence[Verdict] = ()) -> None:
+        """A verdict that says so for every judged output: a check that did not run is never a pass.
+
+        Verdicts of ``others`` that did not need to run it count all the same.
+        """
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
         known = measure(self.workspace.task, self.workspace.examples, self.reference, self.reference)
         verdicts = [not_run(found, gate, entry.name, reason) for found in known if gate.judges(found)]
-        self.results.decide(entry, verdicts, gate, can_roll_back=False)
+        self.results.decide(entry, [*verdicts, *others], gate, can_roll_back=False)
 
     def latency(self, dense: Path, path: Path) -> dict[str, Any]:
         """Median latency beside the untouched model's fp32 graph, in one interleaved run on one thread."""
@@ -116,6 +127,14 @@ class Gatekeeper:
             "rounds": value.rounds,
             "threads": value.threads,
         }
+
+    def compare(self, graphs: Mapping[Form, Path]) -> dict[Form, float]:
+        """Median latencies in ms of several graphs, in one interleaved run on one thread."""
+        self.monitor.work("latency", 0)
+        with ExitStack() as stack:
+            runners = {str(name): stack.enter_context(OrtRunner(path, threads=1)) for name, path in graphs.items()}
+            found = latency(runners, self.cost_row())
+        return {name: found[name].median_ms for name in graphs}
 
     def model_cost(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Parameters, multiply-accumulates and kv bytes of a PyTorch model, for one sample."""

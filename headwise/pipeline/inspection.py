@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
 from headwise.gates.model_cost import kv_bytes_per_token, model_cost
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.model.limits import limits
 from headwise.pipeline.shapes import sequence_limit
 
 
 def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
-    """Heads, neurons and costs of a checkpoint as plain data.
+    """Heads, neurons, costs and limits of a checkpoint as plain data.
 
     ``macs`` is None, with the reason in ``macs_note``, where the inputs cannot be made up from the config.
     """
@@ -31,8 +33,10 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "query_heads": len(layer.layout.query),
             "kv_heads": len(layer.layout.kv),
             "head_dim": layer.layout.head_dim,
+            "runs": layer.runs,
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
+            "represented": list(layer.layout.represented),
             "mlp": mlp_of.get(id(layer.block)),
         }
         for layer in view.attention
@@ -55,22 +59,40 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
         "macs_note": note,
         "kv_bytes_per_token": kv_bytes_per_token(view),
         "kv_dtype": "float16",
+        "limits": list(limits(view)),
     }
 
 
 def _dummy_inputs(checkpoint: Checkpoint, sequence: int) -> tuple[dict[str, torch.Tensor] | None, str]:
     """One row of made-up inputs for a transformers model, and what the counts are for."""
     config: Any = getattr(checkpoint.module, "config", None)
+    images: Any = getattr(config, "vision_config", config)
     names = checkpoint.input_names()
+    inputs: dict[str, torch.Tensor] = {}
+    notes: list[str] = []
+    length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
+    ids = torch.ones(1, length, dtype=torch.long)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):  # some classifiers read the state of this token
+        ids[:, -1] = end
     if "input_ids" in names:
-        length = min(sequence, sequence_limit(checkpoint).get("sequence", sequence))
-        ids = torch.ones(1, length, dtype=torch.long)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, f"one sequence of {length} tokens"
-    if "pixel_values" in names and hasattr(config, "image_size"):
-        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        notes.append(f"one sequence of {length} tokens")
+    if "pixel_values" in names and hasattr(images, "image_size"):
+        size, channels = images.image_size, getattr(images, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.zeros(1, channels, height, width)}, f"one {height} x {width} image"
-    return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
+        inputs["pixel_values"] = torch.zeros(1, channels, height, width)
+        notes.append(f"one {height} x {width} image")
+    if "input_features" in names and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions  # the second convolution takes every other frame
+        inputs["input_features"] = torch.zeros(1, config.num_mel_bins, frames)
+        notes.append(f"one spectrogram of {frames} frames")
+    if "decoder_input_ids" in names:
+        inputs["decoder_input_ids"] = ids
+        notes.append(f"{length} tokens for the decoder")
+    if not inputs:
+        return None, "a plain module's input shapes are not known here; `headwise compress` counts them from its data"
+    return inputs, " and ".join(notes)
 
 
 def inspection_table(found: dict[str, Any]) -> RenderableType:
@@ -79,7 +101,8 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     for layer in found["layers"]:
         neurons = "none" if layer["mlp"] is None else _neurons(found["mlps"][layer["mlp"]])
         counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"], neurons)
-        table.add_row(str(layer["layer"]), layer["path"], *map(str, counts))
+        runs = f" ({layer['runs']} runs)" if layer["runs"] > 1 else ""
+        table.add_row(str(layer["layer"]), layer["path"] + runs, *map(str, counts))
     macs = (
         "not counted" if found["macs"] is None else f"{found['macs']:,}, of these attention {found['attention_macs']:,}"
     )
@@ -90,7 +113,9 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
         f"MACs                {macs} ({found['macs_note']})",
         f"KV bytes per token  {kv}",
     ]
-    return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]))
+    told = [Padding(Text(f"- {limit}"), (0, 0, 0, 2)) for limit in found["limits"]]
+    lines += ["limits"] if told else []
+    return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]), *told)
 
 
 def _neurons(mlp: dict[str, Any]) -> str:

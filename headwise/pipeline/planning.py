@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.model.checkpoint import load_checkpoint
+from headwise.model.layout import AttentionLayout
 from headwise.passes.base import make_plan, run_pass
+from headwise.pipeline.head_maps import describe
 from headwise.pipeline.monitor import Monitor, Silent, Steps
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.workspace import Workspace
@@ -29,7 +31,7 @@ def plan_passes(
     edited = workspace.checkpoint.copy().view()
     teacher = workspace.checkpoint.copy().view()
     plans = []
-    for index, pass_ in enumerate(resolved.passes):
+    for index, pass_ in enumerate(resolved.edits):
         before = edited.layout
         watcher.start(resolved.stage_names()[1 + index][0])
         shared: dict[str, Any] = {
@@ -47,7 +49,7 @@ def plan_passes(
                 "after": plan.predict(before).to_json(),
             }
         )
-        if index + 1 < len(resolved.passes):
+        if index + 1 < len(resolved.edits):
             run_pass(pass_, edited, teacher, workspace.task, workspace.calibration, **shared)
     return plans
 
@@ -65,10 +67,24 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def _title(entry: dict[str, Any]) -> str:
-    gone = {key: sum(len(b[key]) - len(a[key]) for b, a in _layers(entry)) for key in ("query", "kv")}
-    totals = {key: sum(len(before[key]) for before, _ in _layers(entry)) for key in ("query", "kv")}
-    counts = ", ".join(f"{gone[key]} of {totals[key]} {key} heads" for key in ("query", "kv") if gone[key])
-    return f"{entry['pass']}: {counts or 'no heads'} would go"
+    before, after = (_counts(entry[when]["attention"]) for when in ("before", "after"))
+    gone = {name: had - after[name] for name, had in before.items() if had > after[name]}
+    if "query heads" in gone or "kv heads" in gone:
+        # Queries and keys went with their heads.
+        gone = {name: count for name, count in gone.items() if name.endswith("heads")}
+    counts = ", ".join(f"{count} of {before[name]} {name}" for name, count in gone.items())
+    return f"{entry['pass']}: {counts or 'nothing'} would go"
+
+
+def _counts(layers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What all layers have together; a clustered layer has fewer queries and keys than heads."""
+    layouts = [AttentionLayout.from_json(layer) for layer in layers]
+    return {
+        "query heads": sum(len(layout.query) for layout in layouts),
+        "kv heads": sum(len(layout.kv) for layout in layouts),
+        "queries": sum(len(layout.scoring) for layout in layouts),
+        "keys": sum(len(layout.keyed) for layout in layouts),
+    }
 
 
 def _layers(entry: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -78,14 +94,13 @@ def _layers(entry: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]
 
 def _heading(plan: dict[str, Any]) -> str:
     if plan["scores"] is None:
-        return "kv heads that become one"
+        return "change"
     return f"{plan['scores']['name']} score of every head, removed ones crossed out"
 
 
 def _heads(plan: dict[str, Any], layer: int, before: dict[str, Any], after: dict[str, Any]) -> Text:
     if plan["scores"] is None:
-        groups = [group for edit in plan["edits"] if edit["layer"] == layer for group in edit.get("groups", ())]
-        return Text("  ".join("+".join(map(str, group)) for group in groups) or "unchanged")
+        return Text(describe(plan, layer))
     cells = Text()
     for head in before["query"]:
         gone = head not in after["query"]

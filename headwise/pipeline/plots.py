@@ -19,7 +19,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from headwise.pipeline import summary
-from headwise.pipeline.summary import COSTS, HeadMap, Report
+from headwise.pipeline.head_maps import HeadMap
+from headwise.pipeline.summary import COSTS, Report
 
 _COLORS = {
     "ink": "#010101",
@@ -206,9 +207,11 @@ def head_plot(heads: HeadMap) -> Plot:
         for layer, (before, after) in enumerate(zip(heads.before, heads.after, strict=True)):
             for head in before:
                 _draw_head(axes, (layer, head), shade(heads.scores[layer].get(head)), head not in after, cell)
+                if head in heads.uses[layer]:
+                    _note(axes, str(heads.uses[layer][head]), (head, layer), ha="center", size=0.8 * size)
             _note(axes, f"{len(after)}/{len(before)}", (columns - 0.3, layer), color="muted", size=size)
-    gone = [f"layer {i}: {', '.join(map(str, r)) or 'none'}" for i, r in enumerate(heads.removed)]
-    return Plot(title=heads.stage, svg=_svg(figure, heads.stage), alt="Removed heads. " + "; ".join(gone))
+    said = ". ".join(f"Layer {index}: {change}" for index, change in enumerate(heads.changes))
+    return Plot(title=heads.stage, svg=_svg(figure, heads.stage), alt=said)
 
 
 def _shades(heads: HeadMap) -> Any:

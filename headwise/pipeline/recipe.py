@@ -13,20 +13,26 @@ from headwise.calibration.data import DataSpec
 from headwise.calibration.tasks import FidelityOptions, TaskSpec
 from headwise.errors import RecipeError, did_you_mean
 from headwise.export.precision import ExportSpec
-from headwise.export.targets import resolve_target
+from headwise.export.targets import CPU, ORT, resolve_target
 from headwise.gates.judge import GateSpec
-from headwise.passes import PASSES
+from headwise.passes import STEPS
 from headwise.passes.base import Pass
+from headwise.passes.quantize import Quantize
 from headwise.pipeline.explain import explain
 from headwise.spec import Spec
 
-KINDS = ("baseline", "pass", "onnx", "precision", "engine")
+KINDS = ("baseline", "pass", "onnx", "precision", "quantize", "engine")
 """What a stage can be."""
 
 
 def engine_stage(target: str) -> str:
     """Name of the stage that builds for ``target``; also the name of a folder."""
-    return f"engine-{target}".replace("/", "-")
+    return CPU if is_cpu(target) else f"engine-{target}".replace("/", "-")
+
+
+def is_cpu(target: str) -> bool:
+    """Whether a target is the CPU, whatever its spelling."""
+    return resolve_target(target).runtime == ORT
 
 
 class CalibrationSpec(Spec):
@@ -48,9 +54,9 @@ def _passes_schema() -> dict[str, Any]:
             "required": [name],
             "additionalProperties": False,
         }
-        for name, cls in PASSES.items()
+        for name, cls in STEPS.items()
     ]
-    return {"type": "array", "items": {"anyOf": [{"enum": list(PASSES)}, *options]}}
+    return {"type": "array", "items": {"anyOf": [{"enum": list(STEPS)}, *options]}}
 
 
 class Recipe(Spec):
@@ -60,14 +66,14 @@ class Recipe(Spec):
     """What the model is for, and the labelled samples that every stage is judged on."""
     calibration: CalibrationSpec | None = None
     """Needed as soon as there is a pass."""
-    passes: Annotated[tuple[SerializeAsAny[Pass], ...], WithJsonSchema(_passes_schema())] = ()
-    """What to do to the model, in this order; each item is a pass name with its options."""
+    passes: Annotated[tuple[SerializeAsAny[Pass | Quantize], ...], WithJsonSchema(_passes_schema())] = ()
+    """What to do to the model, in this order; each item is a pass name with its options. ``quantize`` comes last."""
     gate: GateSpec = GateSpec()
     """How much accuracy may be lost."""
     export: ExportSpec = ExportSpec()
     """The ONNX graph: precision, opset and the shapes that engines are built for."""
     targets: tuple[str, ...] = ()
-    """GPUs to build engines for: sm75, sm86, sm89, sm120, or a name such as rtx-3060."""
+    """GPUs to build engines for: sm75, sm86, sm89, sm120, or a name such as rtx-3060; ``cpu`` for ONNX Runtime."""
     batch_size: int = Field(default=32, ge=1)
     """Samples per batch wherever the model is run."""
     seed: int = 0
@@ -80,6 +86,12 @@ class Recipe(Spec):
                 "the recipe has passes but no calibration",
                 expected="samples that passes can look at, and that are not those of the task",
                 fix="add calibration: {data: ..., samples: 512}",
+            )
+        if any(isinstance(pass_, Quantize) for pass_ in self.passes[:-1]):
+            raise RecipeError(
+                "quantize is not the last of the passes",
+                expected="quantize once, after every pass that edits the model: it needs the scales of the final graph",
+                fix="move it to the end of passes",
             )
         for target in self.targets:
             resolve_target(target)
@@ -100,15 +112,32 @@ class Recipe(Spec):
                 )
         return self
 
+    @property
+    def edits(self) -> tuple[Pass, ...]:
+        """The passes that change the model."""
+        return tuple(pass_ for pass_ in self.passes if isinstance(pass_, Pass))
+
+    @property
+    def quantize(self) -> Quantize | None:
+        """The pass that works on the graph."""
+        return next((pass_ for pass_ in self.passes if isinstance(pass_, Quantize)), None)
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Whether graphs for TensorRT are wanted: for a GPU, or for nobody in particular."""
+        return not self.targets or not all(map(is_cpu, self.targets))
+
     def stage_names(self) -> list[tuple[str, str]]:
         """(name, kind) of every stage of a run, in order. A pass that occurs again is numbered."""
         names = [("baseline", "baseline")]
-        for index, pass_ in enumerate(self.passes):
-            earlier = sum(other.name == pass_.name for other in self.passes[:index])
+        for index, pass_ in enumerate(self.edits):
+            earlier = sum(other.name == pass_.name for other in self.edits[:index])
             names.append((pass_.name + (f"-{earlier + 1}" if earlier else ""), "pass"))
         names.append(("onnx", "onnx"))
-        if self.export.precision != "fp32":
+        if self.for_tensorrt and self.export.precision != "fp32":
             names.append((self.export.precision, "precision"))
+        if self.for_tensorrt and self.quantize is not None:
+            names.append((self.quantize.name, "quantize"))
         return names + [(engine_stage(target), "engine") for target in self.targets]
 
     def to_json(self) -> dict[str, Any]:
@@ -261,7 +290,7 @@ def _validate(values: dict[str, Any]) -> Recipe:
         raise explain(error, Recipe) from error
 
 
-def _make_pass(item: Any, index: int) -> Pass:
+def _make_pass(item: Any, index: int) -> Pass | Quantize:
     named = {item: {}} if isinstance(item, str) else item
     if not isinstance(named, dict) or len(named) != 1:
         raise RecipeError(
@@ -270,13 +299,13 @@ def _make_pass(item: Any, index: int) -> Pass:
             fix="write `- prune-heads: {ratio: 0.5}`",
         )
     name, options = next(iter(named.items()))
-    if name not in PASSES:
+    if name not in STEPS:
         raise RecipeError(
             f'passes.{index}: no pass is called "{name}"',
-            expected="one of: " + ", ".join(PASSES),
-            fix=did_you_mean(str(name), PASSES) + "  `headwise passes` lists them",
+            expected="one of: " + ", ".join(STEPS),
+            fix=did_you_mean(str(name), STEPS) + "  `headwise passes` lists them",
         )
     try:
-        return PASSES[name].model_validate(options or {})
+        return STEPS[name].model_validate(options or {})
     except ValidationError as error:
-        raise explain(error, PASSES[name], ("passes", index, name)) from error
+        raise explain(error, STEPS[name], ("passes", index, name)) from error

@@ -18,8 +18,10 @@ from rich.text import Text
 from headwise.artifacts import write_atomic
 from headwise.errors import DataError
 from headwise.pipeline import summary
+from headwise.pipeline.head_maps import head_maps
+from headwise.pipeline.matrix_tables import matrix_tables
 from headwise.pipeline.report_html import html
-from headwise.pipeline.summary import ABSENT, COSTS, Report, Stage
+from headwise.pipeline.summary import COSTS, Report, Stage
 
 SCHEMA = "headwise.report/1"
 REPORT = "report.json"
@@ -106,6 +108,7 @@ def terminal(report: Report) -> RenderableType:
     ]
     if summary.cost_columns(report):
         parts.append(_cost_table(report))
+    parts += [Text(f"{table.stage}: {table.headline}", style="dim") for table in matrix_tables(report)]
     parts += [Text(note, style="dim") for note in summary.notes(report)]
     for stage, reason in summary.problems(report):
         parts.append(Text.assemble((f"{stage}: ", "bold"), reason))
@@ -177,7 +180,7 @@ def markdown(report: Report) -> str:
         "A drop is the loss against the untouched model on the same samples; a negative drop is a gain.",
         "",
     ]
-    lines += _markdown_cost(report) + _markdown_heads(report) + _markdown_engines(report)
+    lines += _markdown_cost(report) + _markdown_heads(report) + _markdown_matrices(report) + _markdown_engines(report)
     found = summary.problems(report)
     if found:
         lines += ["## What did not pass, or did not run", ""]
@@ -200,13 +203,21 @@ def _markdown_cost(report: Report) -> list[str]:
 
 def _markdown_heads(report: Report) -> list[str]:
     lines = []
-    for heads in summary.head_maps(report):
+    for heads in head_maps(report):
         rows = [
-            (layer, len(old), len(new), ", ".join(map(str, gone)) or ABSENT)
-            for layer, (old, new, gone) in enumerate(zip(heads.before, heads.after, heads.removed, strict=True))
+            (layer, len(old), len(new), change)
+            for layer, (old, new, change) in enumerate(zip(heads.before, heads.after, heads.changes, strict=True))
         ]
         lines += [f"## Heads: {_escape(heads.stage)}", ""]
-        lines += _markdown_table(("Layer", "Before", "After", "Removed heads (original ids)"), rows)
+        lines += _markdown_table(("Layer", "Before", "After", "Change (original ids)"), rows)
+    return lines
+
+
+def _markdown_matrices(report: Report) -> list[str]:
+    lines = []
+    for table in matrix_tables(report):
+        lines += [f"## Quantized matrices: {_escape(table.stage)}", "", f"{_escape(table.headline)}.", ""]
+        lines += _markdown_table(table.headings, table.rows)
     return lines
 
 

@@ -9,6 +9,8 @@ import yaml
 from markupsafe import Markup
 
 from headwise.pipeline import plots, summary
+from headwise.pipeline.head_maps import head_maps
+from headwise.pipeline.matrix_tables import matrix_tables
 from headwise.pipeline.summary import COSTS, Report
 
 
@@ -18,12 +20,13 @@ def html(report: Report) -> str:
         "accuracy": [_figure(plot) for plot in plots.accuracy_plots(report)],
         "cost": [_figure(plot) for plot in plots.cost_plots(report)],
     }
-    heads = [(head_map, _figure(plots.head_plot(head_map))) for head_map in summary.head_maps(report)]
+    heads = [(head_map, _figure(plots.head_plot(head_map))) for head_map in head_maps(report)]
     return _template().render(
         report=report,
         rows=list(summary.accuracy_rows(report)),
         figures=figures,
         heads=heads,
+        matrices=matrix_tables(report),
         costs={name: COSTS[name] for name in summary.cost_columns(report)},
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         text=summary,

@@ -1,4 +1,4 @@
-"""The whole flow: checkpoint -> passes -> ONNX -> precision -> engines, with a gate after every stage."""
+"""The whole flow: checkpoint -> passes -> ONNX -> precision or quantization -> engines, each with a gate after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from headwise.errors import HeadwiseError, RecipeError
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.monitor import Monitor, Silent
-from headwise.pipeline.recipe import Recipe, load_recipe
+from headwise.pipeline.recipe import Recipe, is_cpu, load_recipe
 from headwise.pipeline.report import write_report
 from headwise.pipeline.results import Results, Stopped
 from headwise.pipeline.stages import Stages, check_targets
@@ -129,12 +129,17 @@ def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:
     results.expect(recipe.stage_names())
     try:
         model, dense = stages.baseline()
-        for index in range(len(recipe.passes)):
+        for index in range(len(recipe.edits)):
             model = stages.apply_pass(index, model)
-        graph = stages.export(model, dense)
-        graph = stages.convert(graph)
+        exported = stages.export(model, dense)
+        graph = exported
+        if recipe.for_tensorrt:
+            graph = stages.quantize(exported, stages.convert(exported))
         for target in recipe.targets:
-            stages.build(graph, target)
+            if is_cpu(target):
+                stages.deploy(exported, target)
+            else:
+                stages.build(graph, target)
         results.end()
     except (Stopped, HeadwiseError, KeyboardInterrupt) as ending:
         results.end(ending)

@@ -1,4 +1,4 @@
-"""How long the inputs of a model may be."""
+"""How long a sequence may be."""
 
 from __future__ import annotations
 

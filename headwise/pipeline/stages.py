@@ -3,77 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Artifact
 from headwise.errors import MachineError
 from headwise.export.cuda import gpu
+from headwise.export.graph import copy_graph
+from headwise.export.listing import ListingSummary
 from headwise.export.onnx import to_onnx
 from headwise.export.precision import convert_precision
+from headwise.export.quantize import Promise
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine, profiles_for
 from headwise.gates.cost import graph_cost
-from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.gates.kernels import judge_kernels
+from headwise.model.attend import form
+from headwise.model.checkpoint import Checkpoint
 from headwise.model.saving import save_checkpoint
+from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
+from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
+from headwise.pipeline.graphs import GRAPH, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
+from headwise.pipeline.quantizing import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
-GRAPH, ENGINE, MODEL = "model.onnx", "model.engine", "model"
-
-
-@dataclass(frozen=True)
-class StoredModel:
-    """A model that a stage left on disk; read when somebody needs it.
-
-    Attributes:
-        digest: digest of the artifact.
-        folder: its checkpoint directory; None for the untouched model.
-        untouched: the model that the user named.
-    """
-
-    digest: str
-    folder: Path | None
-    untouched: Checkpoint
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model. Callers that edit it take a copy."""
-        return self.untouched if self.folder is None else load_checkpoint(self.folder)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graph:
-    """An ONNX graph of the pipeline.
-
-    Attributes:
-        path: the file.
-        digest: digest of its artifact.
-        precision: of its weights and activations.
-        dense: the untouched model's fp32 graph, which latencies are compared with.
-        scopes: module paths of the attention layers, whose costs are counted apart.
-    """
-
-    path: Path
-    digest: str
-    precision: str
-    dense: Path
-    scopes: tuple[str, ...]
+ENGINE, MODEL = "model.engine", "model"
 
 
 def check_targets(recipe: Recipe) -> None:
     """Raise TargetError for a target that cannot do what the recipe asks of it, before any work is done."""
+    schemes = frozenset[str]() if recipe.quantize is None else recipe.quantize.schemes()
     for target in recipe.targets:
-        check_target(resolve_target(target), recipe.export.precision)
+        check_target(resolve_target(target), recipe.export.precision, schemes)
 
 
 class Stages:
@@ -105,7 +75,7 @@ class Stages:
     def apply_pass(self, index: int, model: StoredModel) -> StoredModel:
         """Run one pass on a copy of the model; after a rollback the model goes on as it was."""
         recipe = self.workspace.recipe
-        pass_ = recipe.passes[index]
+        pass_ = recipe.edits[index]
         with self.results.stage(recipe.stage_names()[1 + index][0]) as entry:
             key = {
                 "parent": model.digest,
@@ -137,7 +107,7 @@ class Stages:
         with self.results.stage("onnx") as entry:
             key = {"parent": model.digest, **self._export_key()}
             artifact = self._artifact(entry, key, lambda folder: self._export(model.checkpoint, folder))
-            entry.record = {"parity": artifact.info["parity"], "nodes": artifact.info["nodes"]}
+            entry.record = {key: artifact.info[key] for key in ("parity", "nodes", "forms") if key in artifact.info}
             graph = Graph(
                 path=artifact.path / GRAPH,
                 digest=artifact.digest,
@@ -161,11 +131,56 @@ class Stages:
             used = self._judge_graph(entry, artifact, converted, can_roll_back=True)
         return converted if used else graph
 
+    def quantize(self, source: Graph, body: Graph) -> Graph:
+        """Quantize the fp32 graph; the rest has the precision of ``body``, which a rollback goes back to."""
+        options = self.workspace.recipe.quantize
+        if options is None:
+            return body
+        quantizer = Quantizer(self.workspace, self.store, self.monitor, source)
+        with self.results.stage(options.name) as entry:
+            key = {
+                **quantizer.key(options),
+                "precision": body.precision,
+                "keep_io": self.workspace.recipe.export.keep_io,
+            }
+
+            def make(folder: Path) -> dict[str, Any]:
+                made = quantizer.for_tensorrt(options, body.precision, folder)
+                return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
+
+            artifact = self._artifact(entry, key, make)
+            entry.record = {"matrices": artifact.info["matrices"]}
+            promises = tuple(Promise(**promise) for promise in artifact.info["promises"])
+            quantized = replace(body, path=artifact.path / GRAPH, digest=artifact.digest, promises=promises)
+            used = self._judge_graph(entry, artifact, quantized, can_roll_back=True)
+        return quantized if used else body
+
+    def deploy(self, source: Graph, name: str) -> None:
+        """Make the graph that ONNX Runtime runs on a CPU: in int8 where the recipe quantizes, else the fp32 graph."""
+        options = self.workspace.recipe.quantize
+        quantizer = Quantizer(self.workspace, self.store, self.monitor, source)
+        with self.results.stage(engine_stage(name)) as entry:
+            key = {"parent": source.digest} if options is None else quantizer.key(options)
+
+            def make(folder: Path) -> dict[str, Any]:
+                if options is None:
+                    copy_graph(source.path, folder / GRAPH)
+                    made: dict[str, Any] = {}
+                else:
+                    made = quantizer.for_cpu(options, folder)
+                return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
+
+            artifact = self._artifact(entry, key, make)
+            if options is not None:
+                entry.record = {"matrices": artifact.info["matrices"]}
+            deployed = replace(source, path=artifact.path / GRAPH, digest=artifact.digest)
+            self._judge_graph(entry, artifact, deployed, can_roll_back=False)
+
     def build(self, graph: Graph, name: str) -> None:
         """Build the engine for one target, and run it through the task where its GPU is."""
         target, spec = resolve_target(name), self.workspace.recipe.export
         with self.results.stage(engine_stage(name)) as entry:
-            check_target(target, graph.precision)
+            check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
             profiles = profiles_for(graph.path, spec, sequence_limit(self.workspace.checkpoint))
             key = {
                 "parent": graph.digest,
@@ -189,14 +204,16 @@ class Stages:
                 return
             entry.engine = dict(artifact.info["engine"])
             entry.cost = {"file_bytes": (artifact.path / ENGINE).stat().st_size}
+            listing = entry.engine["listing"]
+            kernels = judge_kernels(None if listing is None else ListingSummary(**listing), graph.promises, entry.name)
             missing = _why_not_here(target)
             if missing:
-                self.gatekeeper.could_not_run(entry, missing)
+                self.gatekeeper.could_not_run(entry, missing, kernels)
                 return
             measurements = self.gatekeeper.measure(
                 entry, artifact.digest, lambda: EngineRunner(artifact.path / ENGINE), "tensorrt"
             )
-            self.gatekeeper.judge(entry, measurements, can_roll_back=False)
+            self.gatekeeper.judge(entry, measurements, kernels, can_roll_back=False)
 
     def _artifact(self, entry: StageEntry, key: dict[str, Any], make: Make) -> Artifact:
         artifact, why = self.store.get(entry.folder, entry.kind, key, make)
@@ -223,14 +240,20 @@ class Stages:
         examples, spec = self.workspace.examples, self.workspace.recipe.export
         sequence = None if spec.sequence is None else spec.sequence.opt
         axes = {name: list(varying) for name, varying in examples.dynamic_axes().items()}
-        return {"opset": spec.opset, "sample": examples.digest, "axes": axes, "sequence": sequence, **versions("onnx")}
+        # Only clustered layers have forms, and only their choice depends on there being engines.
+        clustered = any(entry.name == "cluster-heads" for entry in self.workspace.recipe.passes)
+        layout = self.workspace.checkpoint.layout
+        clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
+        forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
+        sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
+        return {"opset": spec.opset, "clusters": forms, **sample, **versions("onnx")}
 
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
         checkpoint = model.checkpoint.copy()
         view = checkpoint.view()
         record = run_pass(
-            workspace.recipe.passes[index],
+            workspace.recipe.edits[index],
             view,
             workspace.checkpoint.copy().view(),
             workspace.task,
@@ -244,15 +267,32 @@ class Stages:
 
     def _export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         self.monitor.work("export", 0)
-        examples = self.workspace.examples
-        copy = checkpoint.copy()
-        scopes = [layer.path for layer in copy.view().attention]
-        opset = self.workspace.recipe.export.opset
-        info = to_onnx(
-            copy.module, examples.example_batch(), folder / GRAPH, dynamic=examples.dynamic_axes(), opset=opset
+        view = checkpoint.copy().view()
+        if not any(layer.clustered for layer in view.layout.attention):
+            return self._export_form(view, folder / GRAPH)
+        recipe = self.workspace.recipe
+        made = {}
+        for name in FORMS:
+            with form(name):
+                made[name] = self._export_form(view, folder / name / GRAPH)
+        choice = choose_form(
+            {name: info["graph"]["macs"] for name, info in made.items()},
+            self.gatekeeper.compare({name: folder / name / GRAPH for name in made}),
+            wanted=recipe.export.clusters,
+            engines=bool(recipe.targets),
         )
+        for path in (folder / choice.form).iterdir():
+            path.rename(folder / path.name)
+        return {**made[choice.form], "forms": choice.to_json()}
+
+    def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
+        examples = self.workspace.examples
+        scopes = [layer.path for layer in view.attention]
+        opset = self.workspace.recipe.export.opset
+        path.parent.mkdir(exist_ok=True)
+        info = to_onnx(view.module, examples.example_batch(), path, dynamic=examples.dynamic_axes(), opset=opset)
         return {
-            "graph": self._graph_cost(folder / GRAPH, scopes),
+            "graph": self._graph_cost(path, scopes),
             "parity": [p._asdict() for p in info.parity],
             "nodes": dict(info.nodes),
             "scopes": scopes,

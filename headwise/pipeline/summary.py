@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from headwise.model.layout import Layout
-
 Report = Mapping[str, Any]
 Stage = Mapping[str, Any]
 
@@ -56,37 +54,6 @@ class AccuracyRow:
     limit: str = ABSENT
     verdict: str = ABSENT
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadMap:
-    """The heads of every layer before and after one pass.
-
-    Attributes:
-        stage: the pass stage.
-        score: name of the score that decided; empty where there was none.
-        scores: per layer, original query head id -> score.
-        before, after: per layer, original query head ids.
-        columns: heads that the widest layer had when the run began.
-        refit: layer -> relative error of its output on the calibration tokens, ``before`` and ``after`` the refit.
-        twin_error: largest relative difference between the edited model and its exact twin.
-        rolled_back: the gate said no and the pass was undone.
-    """
-
-    stage: str
-    score: str
-    scores: tuple[Mapping[int, float], ...]
-    before: tuple[tuple[int, ...], ...]
-    after: tuple[tuple[int, ...], ...]
-    columns: int
-    refit: Mapping[int, Mapping[str, float]]
-    twin_error: float | None
-    rolled_back: bool
-
-    @property
-    def removed(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer, the ids that the pass took away."""
-        return tuple(tuple(h for h in old if h not in new) for old, new in zip(self.before, self.after, strict=True))
 
 
 def accuracy_rows(report: Report) -> Iterator[AccuracyRow]:
@@ -180,6 +147,16 @@ def _exactness_notes(report: Report) -> Iterator[str]:
             worst = max(entry["max_abs"] for entry in record["parity"])
             shapes = len({entry["shape"] for entry in record["parity"]})
             yield f"{stage['name']}: the graph differs from torch by {worst:.1g} at most, over {shapes} input shapes"
+        if record.get("forms"):
+            yield f"{stage['name']}: {_forms(record['forms'])}"
+
+
+def _forms(forms: Mapping[str, Any]) -> str:
+    each = "; ".join(
+        f"{name} {amount('macs', forms['macs'][name])} MACs, {amount('latency', ms)} on ONNX Runtime"
+        for name, ms in forms["latency_ms"].items()
+    )
+    return f"clustered layers in the {forms['form']} form, because {forms['why']} ({each})"
 
 
 def _latency_notes(report: Report) -> list[str]:
@@ -219,31 +196,6 @@ def seconds(value: float | None) -> str:
     if value < 60:
         return f"{value:.1f}\N{NO-BREAK SPACE}s" if value < 10 else f"{value:.0f}\N{NO-BREAK SPACE}s"
     return f"{int(value) // 60}\N{NO-BREAK SPACE}min {int(value) % 60}\N{NO-BREAK SPACE}s"
-
-
-def head_maps(report: Report) -> list[HeadMap]:
-    """One map per pass stage that has a record; all have as many columns as the first one needs."""
-    stages = [stage for stage in report["stages"] if "plan" in (stage.get("record") or {})]
-    first = Layout.from_json(stages[0]["record"]["before"]).attention if stages else ()
-    columns = 1 + max((head for layer in first for head in layer.query), default=0)
-    return [_head_map(stage, columns) for stage in stages]
-
-
-def _head_map(stage: Stage, columns: int) -> HeadMap:
-    record = stage["record"]
-    before, after = (Layout.from_json(record[when]).attention for when in ("before", "after"))
-    scores = record["plan"].get("scores") or {"name": "", "layers": [{} for _ in before]}
-    return HeadMap(
-        stage=stage["name"],
-        score=scores["name"],
-        scores=tuple({int(h): float(v) for h, v in layer.items() if v is not None} for layer in scores["layers"]),
-        before=tuple(layer.query for layer in before),
-        after=tuple(layer.query for layer in after),
-        columns=columns,
-        refit={int(fit["layer"]): fit for fit in record.get("refit") or [] if fit.get("part") != "mlp"},
-        twin_error=record.get("twin_error"),
-        rolled_back=stage["status"] == "rolled-back",
-    )
 
 
 def problems(report: Report) -> list[tuple[str, str]]:

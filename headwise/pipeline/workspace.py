@@ -51,7 +51,7 @@ class Workspace:
         """The calibration samples; with labels only where a pass needs them."""
         spec = self.recipe.calibration
         assert spec is not None, "a recipe with passes has calibration data"
-        labels = any(Stat.LOSS_GRADIENT in pass_.needs() for pass_ in self.recipe.passes)
+        labels = any(Stat.LOSS_GRADIENT in pass_.needs() for pass_ in self.recipe.edits)
         table = sample(load_table(spec.data, self.task.roles(labels=labels)), spec.samples, spec.seed)
         examples = self.task.encode(table, self.checkpoint, labels=labels)
         self.calibration_digest = table.digest if labels else examples.digest

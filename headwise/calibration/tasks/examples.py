@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.errors import DataError
+from headwise.model.forward import mask_name, real_tokens
 
 Array = NDArray[Any]
 Row = Mapping[str, Array]
@@ -33,13 +34,13 @@ class Batch:
     per_sample: int
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def valid(self) -> Array | None:
-        """(rows, tokens) bool, True at real tokens; None where nothing is padded."""
-        name = _mask_name(self.inputs)
-        if name is None:
-            return None
-        mask = self.inputs[name].astype(bool)
-        return mask if name.endswith("attention_mask") else ~mask
+    def valid(self, *, decoder: bool = True) -> Array | None:
+        """(rows, tokens) bool, True at real tokens; None where nothing is padded.
+
+        Where a model has an encoder and a decoder, of the decoder's tokens, which the outputs are about, or of the
+        encoder's.
+        """
+        return real_tokens(self.inputs, decoder=decoder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,12 +105,12 @@ class Examples:
     def batches(self, size: int) -> Iterator[Batch]:
         """Batches of up to ``size`` samples, longest first, padded to the longest row; the same order every time.
 
-        Rows of different shapes only share a batch where the model gets a mask that says what is padding.
+        Rows of different shapes only share a batch where the model gets a mask that says what is padding: of the
+        encoder's inputs and of the decoder's, where it has both.
         """
         shapes = [tuple(_shapes(row) for row in self._sample(i)) for i in range(len(self))]
         order = sorted(range(len(self)), key=lambda i: (-_size(shapes[i]), shapes[i], i))
-        maskable = _mask_name(self.rows[0]) is not None
-        for _, group in itertools.groupby(order, key=lambda i: maskable or shapes[i]):
+        for _, group in itertools.groupby(order, key=lambda i: tuple(map(_unmasked, self._sample(i)))):
             for chunk in _batched(group, size):
                 yield self._batch(chunk)
 
@@ -142,14 +143,13 @@ class Examples:
 
         Where there is a mask, some of the batch is padding: a graph traced without any may lose its mask.
         """
-        order = sorted(range(len(self.rows)), key=lambda i: (-_size((_shapes(self.rows[i]),)), i))
-        mask = _mask_name(self.rows[0])
-        if mask is None:
-            order = [i for i in order if _shapes(self.rows[i]) == _shapes(self.rows[order[0]])]
+        order = sorted(range(len(self.rows)), key=lambda i: (-_length(self.rows[i]), i))
+        order = [i for i in order if _unmasked(self.rows[i]) == _unmasked(self.rows[order[0]])]
         picked = [self.rows[order[round(i)]] for i in np.linspace(0, len(order) - 1, size)]
-        tokens = {row[mask].shape[0] for row in picked} if mask is not None else set()
-        if tokens and len(tokens) == 1 and max(tokens) > 1:
-            picked[-1] = _shortened(picked[-1], max(tokens))
+        for mask in _masks(self.rows[0]):
+            tokens = {len(row[mask]) for row in picked}
+            if len(tokens) == 1 and max(tokens) > 1 and all(_real(row, mask).all() for row in picked):
+                picked[-1] = _shortened(picked[-1], mask)
         return self._pad(picked)
 
     def _sample(self, index: int) -> tuple[Row, ...]:
@@ -174,9 +174,26 @@ class Examples:
         return inputs
 
 
-def _mask_name(inputs: Mapping[str, Any]) -> str | None:
-    names = [n for n in inputs if n.endswith(("attention_mask", "padding_mask")) and inputs[n].ndim >= 1]
-    return names[0] if names else None
+def _real(row: Row, mask: str) -> Array:
+    real: Array = row[mask] != 0 if mask.endswith("attention_mask") else row[mask] == 0
+    return real
+
+
+def _masks(row: Row) -> tuple[str, ...]:
+    """The masks of a row, one per sequence."""
+    names = (mask_name(row, decoder=decoder) for decoder in (False, True))
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _unmasked(row: Row) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Shapes of the inputs of which no mask says what is padding."""
+    masked = {decoder: mask_name(row, decoder=decoder) is not None for decoder in (False, True)}
+    return tuple((name, shape) for name, shape in _shapes(row) if not masked[name.startswith("decoder_")])
+
+
+def _length(row: Row) -> int:
+    """Real tokens of a row, and the number of elements of inputs without a mask."""
+    return sum(int(_real(row, mask).sum()) for mask in _masks(row)) + _size((_unmasked(row),))
 
 
 def _shapes(row: Row) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -188,9 +205,17 @@ def _size(shapes: Sequence[tuple[tuple[str, tuple[int, ...]], ...]]) -> int:
     return max(sum(int(np.prod(shape)) for _, shape in row) for row in shapes)
 
 
-def _shortened(row: Row, tokens: int) -> Row:
-    """The row without its last token, in every input that has one value per token."""
-    return {name: array[:-1] if array.ndim and len(array) == tokens else array for name, array in row.items()}
+def _shortened(row: Row, mask: str) -> Row:
+    """The row without its last token but one, in every input that has one value per token of the mask's sequence.
+
+    The last one may end the sequence, and some models look for it.
+    """
+    of_decoder = mask.startswith("decoder_")
+    shorter = dict(row)
+    for name, array in row.items():
+        if array.ndim and len(array) == len(row[mask]) and name.startswith("decoder_") == of_decoder:
+            shorter[name] = np.delete(array, -2, axis=0)
+    return shorter
 
 
 def _row_key(row: Row) -> bytes:

@@ -18,9 +18,13 @@ from headwise.calibration.tasks.similarity import saved_pooling
 from headwise.calibration.tasks.tensors import as_tensor, class_logits, fisher_rao, normalised, pool, token_fisher_rao
 from headwise.errors import DataError
 from headwise.model.checkpoint import Checkpoint
+from headwise.model.forward import of_decoder
 
 _NOT_INPUTS = frozenset({"label", "score"})
 """Label columns of other tasks, so that their data sections work here unchanged."""
+
+_BETWEEN_ROWS = frozenset({"logits_per_image", "logits_per_text"})
+"""Scores of every text of a batch with every image of it, which are no property of a sample."""
 
 
 class FidelityOptions(TaskOptions):
@@ -29,7 +33,7 @@ class FidelityOptions(TaskOptions):
     type: Literal["fidelity"] = "fidelity"
     """Always ``fidelity``: it chooses these keys."""
     outputs: tuple[str, ...] | None = None
-    """The outputs to compare; by default every output with floating point numbers."""
+    """The outputs to compare; by default every output with floating point numbers of one sample."""
     classes: tuple[str, ...] | None = None
     """Outputs that are class scores, whose winning class is compared as well; by default those named like logits."""
     max_length: int | None = Field(default=None, ge=1)
@@ -72,7 +76,7 @@ class FidelityTask:
             if self._is_classes(name):
                 kept[name + ARGMAX] = _winners(tensor, batch)
             if not (self._is_classes(name) and tensor.ndim == 3):
-                kept[name] = _vectors(tensor, batch).numpy()
+                kept[name] = _vectors(name, tensor, batch).numpy()
         return kept
 
     def signal(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -81,7 +85,7 @@ class FidelityTask:
         for name in self._names(outputs):
             tensor = outputs[name]
             if not self._is_classes(name):
-                parts.append(normalised(_vectors(tensor, batch)))
+                parts.append(normalised(_vectors(name, tensor, batch)))
             elif tensor.ndim == 3:
                 parts.append(token_fisher_rao(tensor, batch))
             else:
@@ -106,7 +110,7 @@ class FidelityTask:
     def _names(self, outputs: Mapping[str, Any]) -> list[str]:
         for name in (*(self.spec.outputs or ()), *(self.spec.classes or ())):
             find_output(outputs, name)
-        floats = [name for name, values in outputs.items() if _is_float(values)]
+        floats = [name for name, values in outputs.items() if _is_float(values) and name not in _BETWEEN_ROWS]
         names = floats if self.spec.outputs is None else list(self.spec.outputs)
         if not names:
             raise DataError(
@@ -126,8 +130,10 @@ def _is_float(values: Any) -> bool:
     )
 
 
-def _vectors(tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return pool(tensor, batch, batch.facts["pooling"]) if tensor.ndim == 3 else tensor.flatten(1)
+def _vectors(name: str, tensor: torch.Tensor, batch: Batch) -> torch.Tensor:
+    if tensor.ndim != 3:
+        return tensor.flatten(1)
+    return pool(tensor, batch, batch.facts["pooling"], decoder=of_decoder(name))
 
 
 def _winners(tensor: torch.Tensor, batch: Batch) -> Array:

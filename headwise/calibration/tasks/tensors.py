@@ -9,9 +9,12 @@ from headwise.calibration.tasks.examples import Array, Batch
 from headwise.errors import DataError
 
 
-def pool(states: torch.Tensor, batch: Batch, how: str = "mean") -> torch.Tensor:
-    """(R, T, D) token states -> (R, D) over the real tokens: their mean, their maximum, or the first one (``cls``)."""
-    valid = _token_mask(states, batch)
+def pool(states: torch.Tensor, batch: Batch, how: str = "mean", *, decoder: bool = True) -> torch.Tensor:
+    """(R, T, D) token states -> (R, D) over the real tokens: their mean, their maximum, or the first one (``cls``).
+
+    ``decoder`` says whose tokens they are where a model has an encoder and a decoder.
+    """
+    valid = _token_mask(states, batch, decoder=decoder)
     if how == "cls":
         return states[torch.arange(len(states), device=states.device), valid.int().argmax(1)]
     if how == "max":
@@ -77,9 +80,9 @@ def as_tensor(array: Array) -> torch.Tensor:
     return torch.as_tensor(np.asarray(array), dtype=torch.float32)
 
 
-def _token_mask(states: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _token_mask(states: torch.Tensor, batch: Batch, *, decoder: bool = True) -> torch.Tensor:
     """(R, T) bool; all True where the batch has no mask over these tokens."""
-    valid = batch.valid()
+    valid = batch.valid(decoder=decoder)
     if valid is None or valid.shape != tuple(states.shape[:2]):
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     return torch.as_tensor(valid, device=states.device)

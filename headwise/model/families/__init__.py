@@ -9,17 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headwise.errors import UnsupportedModelError, did_you_mean
-from headwise.model.families.decoders import GPT2, LLAMA, QWEN3
-from headwise.model.families.plain import PLAIN, plain_family
-from headwise.model.families.record import Count, Family, FeedForward
-from headwise.model.families.text import BERT, DISTILBERT, ROBERTA
-from headwise.model.families.vision import VIT
+from headwise.model.families.decoders import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN3,
+)
+from headwise.model.families.plain import plain_family
+from headwise.model.families.record import Count, Family, FeedForward, HandedOn
+from headwise.model.families.seq2seq import BART, T5, WHISPER
+from headwise.model.families.text import ALBERT, BERT, CLIP_TEXT, DEBERTA_V2, DISTILBERT, ELECTRA, ROBERTA
+from headwise.model.families.timm import timm_family
+from headwise.model.families.vision import CLIP_VISION, DEIT, DINOV2, VIT
 
-__all__ = ["FAMILIES", "PLAIN", "Count", "Family", "FeedForward", "family_of", "plain_family"]
+__all__ = ["FAMILIES", "Count", "Family", "FeedForward", "HandedOn", "family_of", "plain_family", "timm_family"]
 
 FAMILIES: Mapping[str, Family] = {
     model_type: family
-    for family in (BERT, ROBERTA, DISTILBERT, VIT, GPT2, LLAMA, QWEN3)
+    for family in (
+        *(BERT, ELECTRA, ROBERTA, DISTILBERT, ALBERT, DEBERTA_V2, CLIP_TEXT),
+        *(VIT, DEIT, DINOV2, CLIP_VISION),
+        *(GPT2, GPT_NEOX, OPT, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3),
+        *(BART, WHISPER, T5),
+    )
     for model_type in family.model_types
 }
 

@@ -9,6 +9,7 @@ from torch import nn
 from headwise.model.families.record import (
     Family,
     FeedForward,
+    group_size,
     query_heads,
 )
 
@@ -20,8 +21,9 @@ PLAIN = Family(
     value="v_proj",
     output="out_proj",
     head_dim="head_dim",
+    cross=True,
     mlp=FeedForward(up="linear1", down="linear2"),
-    bookkeeping={"num_heads": query_heads},
+    bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
 )
 """Modules built on ``nn.MultiheadAttention``; its layers are found by type, whatever the modules around them."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from headwise.model.families.record import (
     Family,
     FeedForward,
@@ -9,6 +11,7 @@ from headwise.model.families.record import (
     head_width,
     query_heads,
 )
+from headwise.model.families.text import CLIP_TEXT
 
 VIT = Family(
     name="vit",
@@ -20,7 +23,22 @@ VIT = Family(
     value="v_proj",
     output="o_proj",
     head_dim="head_dim",
+    patches=True,
     mlp=FeedForward(up="mlp.fc1", down="mlp.fc2", residual="layernorm_after", size="intermediate_size"),
     bookkeeping={"num_attention_heads": query_heads, "num_key_value_groups": group_size},
     config={"num_attention_heads": query_heads, "head_dim": head_width},
 )
+
+DEIT = replace(VIT, name="deit", model_types=("deit",))
+
+DINOV2 = replace(
+    VIT,
+    name="dinov2",
+    model_types=("dinov2",),
+    blocks="encoder.layer.*",
+    between="layer_scale1",
+    mlp=FeedForward(up="mlp.fc1", down="mlp.fc2"),
+    other_mlp=(FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),),
+)
+
+CLIP_VISION = replace(CLIP_TEXT, name="clip-vision", model_types=("clip_vision_model",), patches=True)
