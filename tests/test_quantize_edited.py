@@ -23,14 +23,20 @@ from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.runners import OrtRunner
 from headwise.export.smoothing import require_same, smooth
 from headwise.model.attend import Form, form
-from headwise.model.edits import ClusterHeads, DropHeads, EditPlan
+from headwise.model.edits import ClusterHeads, DropHeads, DropNeurons, EditPlan
 from headwise.model.surgery import apply
 from headwise.model.view import ModelView
 from headwise.passes.kv import channel_exponents
 from headwise.passes.quantize import Quantize
 
 Array = Any
-PRUNED = EditPlan(edits=(DropHeads(layer=0, query=(0, 1)), DropHeads(layer=2, query=(2, 3))))
+PRUNED = EditPlan(
+    edits=(
+        DropHeads(layer=0, query=(0, 1)),
+        DropHeads(layer=2, query=(2, 3)),
+        DropNeurons(layer=1, neurons=tuple(range(0, 48, 3))),
+    )
+)
 CLUSTERED = EditPlan(edits=tuple(ClusterHeads(layer=i, clusters=((2, 0), (1, 3))) for i in range(LAYERS - 1)))
 
 
