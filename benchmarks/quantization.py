@@ -6,6 +6,7 @@ Each command writes its part of OUT.json and all of OUT.md; benchmarks/README.md
     python benchmarks/quantization.py formats --out OUT --work DIR --model DIR --train FILE --data TEST_FILE
     python benchmarks/quantization.py others  --out OUT --work DIR --model DIR --train FILE --data TEST_FILE \
         [--graph NAME=FILE]...
+    python benchmarks/quantization.py language --out OUT --work DIR --model DIR --train TEXT --data TEXT
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ Row = dict[str, Any]
 ALL = ("sm75", "sm86", "sm89", "sm120")
 AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
 PLAIN = {"smooth": None, "clip": False, "bias_correction": False}
+SEPARATOR = "<|endoftext|>"
 HALF = {"prune-heads": {"ratio": 0.5, "score": "contribution"}}
 FLOAT = {"matrices": {"*": "float"}}
 
@@ -101,6 +103,22 @@ OPTIONS = (
     ),
     *(Case(name=f"cpu: int8, smooth {s}", options={"smooth": s}, targets=("cpu",)) for s in (None, "auto")),
 )
+LANGUAGE = (
+    Case(name="fp16", options=None),
+    Case(name="int8, nothing else", options=PLAIN),
+    Case(name="int8", options={}),
+    Case(name="int8, weights only", options={"weights_only": True}),
+    Case(name="fp8", options={"format": "fp8"}),
+    Case(name="fp8, weights only", options={"format": "fp8", "weights_only": True}),
+    Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}),
+    Case(name="int4", options={"format": "int4"}),
+    Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}),
+    Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}),
+    Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}),
+    Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}),
+)
+JUDGED = 300
+"""Documents of the text that judge; as many calibration samples as asked for are drawn from those that follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +146,34 @@ class Inputs:
             "gate": {"max_drop": 100, "on_fail": "warn"},
         }
 
+    def scores(self, metrics: Mapping[str, Row]) -> Row:
+        found = metrics["spearman"]
+        drop = found["reference"] - found["value"]
+        return {"spearman": found["value"], "drop": drop, "fidelity": metrics["fidelity"]["value"] / 100}
+
+
+class LanguageInputs(Inputs):
+    """The same for a language model and a text file."""
+
+    def recipe(self, case: Case) -> Row:
+        documents = self.data.read_text(encoding="utf-8").split(SEPARATOR)
+        files = {"judged": documents[:JUDGED], "calibration": documents[JUDGED:]}
+        for name, part in files.items():
+            (self.work / f"{name}.txt").write_text(SEPARATOR.join(part), encoding="utf-8")
+        data = {
+            name: {"path": str(self.work / f"{name}.txt"), "format": "text", "separator": SEPARATOR} for name in files
+        }
+        return {
+            **super().recipe(case),
+            "task": {"type": "language-modeling", "data": data["judged"]},
+            "calibration": {"data": data["calibration"], "samples": self.samples},
+        }
+
+    def scores(self, metrics: Mapping[str, Row]) -> Row:
+        found = metrics["nats"]
+        drop = found["value"] - found["reference"]
+        return {"nats": found["value"], "drop": drop, "agreement": metrics["agreement"]["value"] / 100}
+
 
 def run_case(inputs: Inputs, case: Case) -> Row:
     """One run of the pipeline. Runs that begin alike share a folder, so that what they have in common is made once."""
@@ -135,13 +181,10 @@ def run_case(inputs: Inputs, case: Case) -> Row:
     found = headwise.compress(inputs.model, inputs.recipe(case), folder)
     stages = {stage["name"]: stage for stage in found.report["stages"]}
     judged = stages["cpu" if "cpu" in stages else "quantize" if "quantize" in stages else "fp16"]
-    scores = {metric["metric"]: metric for metric in judged["metrics"]}
     row = {
         "name": case.name,
         "passes": case.passes,
-        "spearman": scores["spearman"]["value"],
-        "drop": scores["spearman"]["reference"] - scores["spearman"]["value"],
-        "fidelity": scores["fidelity"]["value"] / 100,
+        **inputs.scores({metric["metric"]: metric for metric in judged["metrics"]}),
         "graph_mb": judged["cost"]["file_bytes"] / 1e6,
         "latency": judged["cost"].get("latency") if "cpu" in stages else None,
         "scales": (judged.get("record") or {}).get("scales"),
@@ -301,7 +344,28 @@ def others_text(part: Row) -> str:
     )
 
 
-WRITERS = {"formats": formats_text, "others": others_text, "options": options_text}
+def language_text(part: Row) -> str:
+    return (
+        "## A language model\n\n"
+        f"Nats per token on the first {JUDGED} documents; calibration: {part['samples']} windows of those that follow. "
+        "Agreement is the share of positions whose most likely next token is that of the untouched model.\n\n"
+    ) + table(
+        ["format", "nats", "more than untouched", "agreement", "graph MB", "keys and values per channel"],
+        [
+            [
+                row["name"],
+                f"{row['nats']:.4f}",
+                f"{row['drop']:.4f}",
+                f"{row['agreement']:.4f}",
+                f"{row['graph_mb']:.3f}",
+            ]
+            + ([f"{row['kv']['per_channel']} of {row['kv']['tensors']}"] if row["kv"] else ["-"])
+            for row in part["rows"]
+        ],
+    )
+
+
+WRITERS = {"formats": formats_text, "others": others_text, "options": options_text, "language": language_text}
 
 
 def score(row: Row) -> list[str]:
@@ -327,7 +391,7 @@ def origin(part: Row) -> str:
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["options", "formats", "others"]))
+@click.argument("part", type=click.Choice(["options", "formats", "others", "language"]))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the runs; kept.")
 @click.option("--model", required=True)
@@ -337,13 +401,13 @@ def origin(part: Row) -> str:
 @click.option("--only", multiple=True, help="Name of a case; all of them without it.")
 @click.option("--graph", multiple=True, help="NAME=FILE: a graph of another tool, for the part others.")
 def main(part: str, graph: tuple[str, ...], **given: Any) -> None:
-    inputs = Inputs(**given)
+    inputs = (LanguageInputs if part == "language" else Inputs)(**given)
     inputs.work.mkdir(parents=True, exist_ok=True)
     if part == "others":
         named = dict(entry.split("=", 1) for entry in graph)
         measure_others(inputs, {name: Path(path) for name, path in named.items()})
     else:
-        measure_cases(inputs, part, OPTIONS if part == "options" else FORMATS)
+        measure_cases(inputs, part, {"options": OPTIONS, "formats": FORMATS, "language": LANGUAGE}[part])
 
 
 if __name__ == "__main__":
