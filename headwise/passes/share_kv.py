@@ -57,7 +57,7 @@ class ShareKVHeads(Pass):
     """Scale shared heads to the mean norm of their members (align, mean, first)."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
-    ridge: float = Field(default=0.1, gt=0)
+    ridge: float = Field(default=0.01, gt=0)
     """Pull of the refit towards the present weights, in units of the mean squared head output."""
     rounds: int = Field(default=3, ge=0)
     """How often the refit also solves the shared value heads, in turn with the output projections."""

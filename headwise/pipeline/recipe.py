@@ -40,7 +40,7 @@ class CalibrationSpec(Spec):
 
     data: DataSpec
     """Where they come from; of the same form as those of the task."""
-    samples: int = Field(default=512, ge=1)
+    samples: int = Field(default=2048, ge=1)
     """How many samples to draw at random; all of them where there are fewer."""
     seed: int = 0
     """Seed of the draw."""
