@@ -252,11 +252,12 @@ def methods_text(part: Row) -> str:
     unseen = part["rows"][0]["test"]["unseen"]
     text = (
         "## Every method on STS-B\n\n"
-        f"The untouched model has a Spearman of {part['untouched']['test']['spearman']:.2f} on test. Fidelity is the mean "
-        "cosine between the embeddings of the compressed and of the untouched model, over the pairs of which calibration "
-        f"saw neither sentence ({unseen} of {part['data']['test']['samples']}). Calibration: {part['samples']} training "
-        "pairs, sampled with seed 0. Where the method does not say else, options are the defaults of the passes, which "
-        f"were chosen on dev. The time is that of statistics, surgery and refit; MACs are those of {LENGTH} tokens.\n"
+        f"The untouched model has a Spearman of {part['untouched']['test']['spearman']:.2f} on test. Fidelity is the "
+        "mean cosine between the embeddings of the compressed and of the untouched model, over the pairs of which "
+        f"calibration saw neither sentence ({unseen} of {part['data']['test']['samples']}). Calibration: "
+        f"{part['samples']} training pairs, sampled with seed 0. Where the method does not say else, options are the "
+        "defaults of the passes, which were chosen on dev. The time is that of statistics, surgery and refit; MACs are "
+        f"those of {LENGTH} tokens.\n"
     )
     order = [*SHARING, *CLUSTERING]
     for name, what in (("share-kv", "kv heads per layer"), ("cluster-heads", "heads with scores, per layer")):

@@ -41,7 +41,8 @@ class CalibrationSpec(Spec):
     data: DataSpec
     """Where they come from; of the same form as those of the task."""
     samples: int = Field(default=2048, ge=1)
-    """How many samples to draw at random; all of them where there are fewer."""
+    """How many samples to draw at random; all of them where there are fewer. It is their tokens that make a refit hold
+    on other texts: short sentences need this many, pages of text or images fewer."""
     seed: int = 0
     """Seed of the draw."""
 
@@ -85,7 +86,7 @@ class Recipe(Spec):
             raise RecipeError(
                 "the recipe has passes but no calibration",
                 expected="samples that passes can look at, and that are not those of the task",
-                fix="add calibration: {data: ..., samples: 512}",
+                fix="add calibration: {data: ...}",
             )
         if any(isinstance(pass_, Quantize) for pass_ in self.passes[:-1]):
             raise RecipeError(
