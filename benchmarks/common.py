@@ -153,6 +153,17 @@ class Results:
     title: str
     writers: Mapping[str, Callable[[Row], str]]
 
+    def rows(self, out: Path, part: str, content: Row) -> list[Row]:
+        """The rows of a run that was cut short, if all else was the same.
+
+        Whether the code was, the file does not say: they are only used on demand.
+        """
+        path = out.with_suffix(".json")
+        found = json.loads(path.read_text()).get(part, {}) if path.exists() else {}
+        same = all(found.get(key) == value for key, value in content.items())
+        rows: list[Row] = found["rows"] if found and same else []
+        return rows
+
     def save(self, out: Path, part: str, content: Row) -> None:
         """Put one part into OUT.json, with how to repeat it, and write OUT.md from all parts."""
         path = out.with_suffix(".json")

@@ -115,12 +115,17 @@ def main(threads: int) -> None:
 @sts_files("train", "test")
 @click.option("--samples", default=2048, show_default=True, help="Calibration pairs.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the models with refit, for `engines`.")
-def methods(out: Path, model: str, samples: int, keep: Path | None, **files: str) -> None:
+@click.option("--resume", is_flag=True, help="Keep the rows of a run that was cut short, made by the same code.")
+def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool, **files: str) -> None:
     """Every method, with the passes' default options."""
     bench, train = sts_bench(model, files)
     calibration = bench.calibration(sample(train, samples, seed=0))
-    facts, rows = bench.facts(), []
+    facts = {**bench.facts(), "samples": samples}
+    rows = RESULTS.rows(out, "methods", facts) if resume else []
+    done = [(row["pass"], row["options"]) for row in rows]
     for name, method, options in METHODS:
+        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done:
+            continue
         candidate, made = compress(bench, calibration, name, options)
         inputs = {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)}
         cost = model_cost(candidate.view(), inputs).to_json()
@@ -129,7 +134,7 @@ def methods(out: Path, model: str, samples: int, keep: Path | None, **files: str
         if keep is not None and method in (list(SHARING)[-1], list(CLUSTERING)[-1]):
             kind, size = next(iter(options.items()))
             save_checkpoint(candidate, candidate.view(), keep / f"{name} {kind} {size}")
-        RESULTS.save(out, "methods", {**facts, "samples": samples, "rows": rows})
+        RESULTS.save(out, "methods", {**facts, "rows": rows})
 
 
 @main.command()
