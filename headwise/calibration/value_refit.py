@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from headwise.calibration.refit import OutputFit, _error, _observe, _solve, _tokens
+from headwise.calibration.refit import OutputFit, error, observe, solve, target
 from headwise.calibration.tasks import Examples
+from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
+from headwise.model.access import watched_input
 from headwise.model.forward import to_torch
 from headwise.model.surgery import ValueHeads, other_values
 from headwise.model.view import AttentionView, ModelView, Projections
@@ -76,15 +78,12 @@ def fit_values(
     for batch in examples.batches(batch_size):
         inputs = to_torch(batch.inputs)
         with ours.watch_calls(lambda args, kwargs: calls.append((args, kwargs))):
-            own, _, residual = _observe(student, ours, inputs)
+            own = observe(student, ours, inputs)
         with other_values(ours, missed):
             taken = _repeated(ours, calls.pop())
-        _, target, original = _observe(teacher, theirs, inputs)
-        if ours.residual and ours.direct and residual.shape == target.shape:
-            target = target + original - residual
-        valid = None if ours.family.patches else batch.valid(decoder=ours.family.decoder)
-        keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
-        problem.add(*(_tokens(part.flatten(2), keep) for part in (own, taken, target)))
+        wanted = target(ours, own, observe(teacher, theirs, inputs))
+        mask = valid_mask(batch, ours.family)
+        problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
         if progress is not None:
             progress(len(batch.samples))
     if problem.tokens < len(problem.gram):
@@ -98,7 +97,7 @@ def fit_values(
     for _ in range(rounds):
         problem.solve_values()
         problem.solve_output()
-    weight = problem.rows[: problem.features].T.unflatten(1, old.output.shape[1:])
+    weight = problem.rows[: problem.features].T
     return ValueFit(
         values=ValueHeads(weight=old.value, bias=old.value_bias).plus(problem.taken, missed),
         output=OutputFit(
@@ -112,13 +111,13 @@ def fit_values(
 
 
 def _repeated(layer: AttentionView, call: _Call) -> torch.Tensor:
-    """Head outputs for the inputs of a call, without the layers before it.
+    """Head outputs, (B, T, F), for the inputs of a call, without the layers before it.
 
     Without its cache too, which holds the keys and values of that call already.
     """
     args, kwargs = call
     heads: list[torch.Tensor] = []
-    with layer.watch_heads(heads.append), torch.inference_mode():
+    with watched_input(layer.output, heads.append), torch.inference_mode():
         layer.module(*map(_uncached, args), **{name: _uncached(value) for name, value in kwargs.items()})
     return heads[0]
 
@@ -165,7 +164,7 @@ class _Problem:
 
     def error(self) -> float:
         """Squared error relative to the target's energy."""
-        return _error(self.gram, self.cross, self.energy, self._spread() @ self.rows)
+        return error(self.gram, self.cross, self.energy, self._spread() @ self.rows)
 
     def solve_output(self) -> None:
         """The best output projection for the value heads as they are."""
@@ -174,7 +173,7 @@ class _Problem:
         scale = float(gram.diagonal()[: self.features].mean())
         self.scale = self.scale or scale
         ridge = self.ridge * self.scale / scale
-        self.rows = _solve(gram, cross, self.first, ridge, constant=bool(self.constant))
+        self.rows = solve(gram, cross, self.first, ridge, constant=bool(self.constant))
 
     def solve_values(self) -> None:
         """The best value heads for the output projection as it is, by conjugate gradients."""

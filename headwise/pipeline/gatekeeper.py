@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from headwise.calibration.shapes import cost_row
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.judge import Verdict, judge_all, not_run
@@ -17,7 +18,6 @@ from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
-from headwise.pipeline.shapes import one_row, sequence_limit
 from headwise.pipeline.store import Store, versions
 from headwise.pipeline.workspace import Workspace
 
@@ -142,10 +142,8 @@ class Gatekeeper:
 
     def cost_row(self) -> dict[str, Any]:
         """One sample, as long as engines are optimised for."""
-        sequence, examples = self.workspace.recipe.export.sequence, self.workspace.examples
-        limit = sequence_limit(self.workspace.checkpoint).get("sequence", 512)
-        length = sequence.opt if sequence else min(128, limit)
-        return one_row(examples.example_batch(), examples.dynamic_axes(), length)
+        sequence = self.workspace.recipe.export.sequence
+        return cost_row(self.workspace.checkpoint.module, self.workspace.examples, sequence.opt if sequence else None)
 
     def _predict(self, runner: Runner) -> Predictions:
         examples, recipe = self.workspace.examples, self.workspace.recipe
