@@ -261,8 +261,7 @@ def methods_text(part: Row) -> str:
         "mean cosine between the embeddings of the compressed and of the untouched model, over the pairs of which "
         f"calibration saw neither sentence ({unseen} of {part['data']['test']['samples']}). Calibration: "
         f"{part['samples']} training pairs, sampled with seed 0. Where the method does not say else, options are the "
-        "defaults of the passes, which were chosen on dev. The time is that of statistics, surgery and refit; MACs are "
-        f"those of {LENGTH} tokens.\n"
+        f"defaults of the passes, which were chosen on dev. MACs are those of {LENGTH} tokens.\n"
     )
     order = [*SHARING, *CLUSTERING]
     for name, what in (("share-kv", "kv heads per layer"), ("cluster-heads", "heads with scores, per layer")):
@@ -276,11 +275,10 @@ def methods_text(part: Row) -> str:
                 f"{row['test']['fidelity']:.4f}",
                 f"{row['parameters'] / 1e6:.2f} M",
                 f"{row['macs'] / 1e9:.3f} G",
-                f"{row['seconds']:.0f} s",
             ]
             for row in rows
         ]
-        head = [what, "method", "Spearman", "fidelity", "parameters", "MACs", "time"]
+        head = [what, "method", "Spearman", "fidelity", "parameters", "MACs"]
         text += f"\n### {name}\n\n" + table(head, body)
     return text
 
