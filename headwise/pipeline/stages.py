@@ -10,14 +10,16 @@ from typing import Any
 from headwise.artifacts import Artifact
 from headwise.errors import MachineError
 from headwise.export.cuda import gpu
-from headwise.export.graph import copy_graph
+from headwise.export.decoder import caches, decoder_to_onnx
+from headwise.export.graph import copy_graph, graph_inputs
 from headwise.export.listing import ListingSummary
 from headwise.export.onnx import to_onnx
+from headwise.export.ports import first_call
 from headwise.export.precision import convert_precision
 from headwise.export.quantize import Promise
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
-from headwise.export.tensorrt import build_engine, profiles_for
+from headwise.export.tensorrt import build_engine, decode_profiles, profiles_for
 from headwise.gates.cost import graph_cost
 from headwise.gates.kernels import judge_kernels
 from headwise.model.attend import form
@@ -182,18 +184,17 @@ class Stages:
         with self.results.stage(engine_stage(name)) as entry:
             check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
             profiles = profiles_for(graph.path, spec, sequence_limit(self.workspace.checkpoint))
+            shapes = {"profiles": profiles, "decode": decode_profiles(graph.path, profiles)}
             key = {
                 "parent": graph.digest,
                 "target": [target.sm, target.runtime],
-                "profiles": profiles,
+                **shapes,
                 "workspace_mb": spec.workspace_mb,
                 "builder": installed_version(target.runtime),
             }
 
             def make(folder: Path) -> dict[str, Any]:
-                info = build_engine(
-                    graph.path, folder / ENGINE, target, profiles=profiles, workspace_mb=spec.workspace_mb
-                )
+                info = build_engine(graph.path, folder / ENGINE, target, **shapes, workspace_mb=spec.workspace_mb)
                 return {"engine": info.to_json()}
 
             self.monitor.work("build", 0)
@@ -246,7 +247,7 @@ class Stages:
         clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
         forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
         sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
-        return {"opset": spec.opset, "clusters": forms, **sample, **versions("onnx")}
+        return {"opset": spec.opset, "clusters": forms, "cache": spec.cache, **sample, **versions("onnx")}
 
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
@@ -286,11 +287,14 @@ class Stages:
         return {**made[choice.form], "forms": choice.to_json()}
 
     def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
-        examples = self.workspace.examples
+        examples, spec = self.workspace.examples, self.workspace.recipe.export
         scopes = [layer.path for layer in view.attention]
-        opset = self.workspace.recipe.export.opset
         path.parent.mkdir(exist_ok=True)
-        info = to_onnx(view.module, examples.example_batch(), path, dynamic=examples.dynamic_axes(), opset=opset)
+        batch = examples.example_batch()
+        if caches(view, batch, spec.cache):
+            info = decoder_to_onnx(view, batch["input_ids"], path, opset=spec.opset)
+        else:
+            info = to_onnx(view.module, batch, path, dynamic=examples.dynamic_axes(), opset=spec.opset)
         return {
             "graph": self._graph_cost(path, scopes),
             "parity": [p._asdict() for p in info.parity],
@@ -306,7 +310,8 @@ class Stages:
         return {"graph": cost, "runs_on_cpu": info.runs_on_cpu, "casts": info.casts}
 
     def _graph_cost(self, path: Path, scopes: Sequence[str]) -> dict[str, int]:
-        shapes = {name: array.shape for name, array in self.gatekeeper.cost_row().items()}
+        row = first_call(self.gatekeeper.cost_row(), graph_inputs(path))
+        shapes = {name: array.shape for name, array in row.items()}
         cost = graph_cost(path, shapes, attention_scopes=scopes)
         return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
 
