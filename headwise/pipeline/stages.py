@@ -29,7 +29,7 @@ from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
-from headwise.pipeline.graphs import GRAPH, Graph, StoredModel
+from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.quantizing import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
@@ -38,7 +38,7 @@ from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
-ENGINE, MODEL = "model.engine", "model"
+ENGINE = "model.engine"
 
 
 def check_targets(recipe: Recipe) -> None:
