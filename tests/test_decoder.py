@@ -20,10 +20,11 @@ from headwise.export.generate import generate, likeliest, sampled
 from headwise.export.onnx import ExportInfo
 from headwise.export.ports import check_ports, first_call
 from headwise.export.precision import ExportSpec, convert_precision
+from headwise.export.profiles import decode_profiles, engine_shapes, profiles_for
 from headwise.export.runners import OrtRunner, TorchRunner
 from headwise.export.stepping import OrtDecoder, TorchDecoder
 from headwise.export.targets import resolve_target
-from headwise.export.tensorrt import build_engine, decode_profiles, profiles_for
+from headwise.export.tensorrt import build_engine
 from headwise.gates.cost import graph_cost
 from headwise.model import surgery
 from headwise.model.cache import CacheLayout, CacheTensor, next_past
@@ -289,11 +290,10 @@ def test_profiles_take_prompts_with_no_past_and_single_tokens_with_any(decoder: 
 def test_an_engine_has_fused_attention_for_prompts_and_for_single_tokens(decoder: Exported, tmp_path: Path) -> None:
     half = tmp_path / "half.onnx"
     convert_precision(decoder.path, half, "fp16")
-    profiles = profiles_for(half, ExportSpec(context=100), {"sequence": 256})
-    decode = decode_profiles(half, profiles)
-    info = build_engine(half, tmp_path / "e", resolve_target("sm86"), profiles=profiles, decode=decode)
+    shapes = engine_shapes(half, ExportSpec(context=100), {"sequence": 256})
+    info = build_engine(half, tmp_path / "e", resolve_target("sm86"), **shapes)
     assert info.listing is not None
-    assert info.decode == decode
+    assert info.decode == shapes["decode"] != info.profiles
     # Of the three layers one gathers the weights of its representatives, which no fused kernel does.
     assert info.listing.fused_attention == 2 * 2
 

@@ -38,7 +38,8 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
         return task, Examples.of(examples.rows * 8, source="made up", padding=examples.padding)
     rows = [{n: t[0].numpy() for n, t in make_inputs(family, seed).items()} for seed in range(20)]
     task = make_task(FidelityOptions.model_validate({"type": "fidelity", "data": {"path": "unused.npz"}}))
-    return task, Examples.of(rows, source="made up", padding={"input_ids": 0, "attention_mask": 0})
+    padding = {"input_ids": 0, "attention_mask": 0}
+    return task, Examples.of(rows, source="made up", padding=padding, facts={"pooling": "mean"})
 
 
 REFUSALS = [(name, family) for name in sorted(PASSES) for family in sorted(MODELS.keys() - set(allowed(name)))]
@@ -228,5 +229,5 @@ def test_a_touched_bystander_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             view.module.get_parameter("digit.weight").add_(1e-6)
 
     monkeypatch.setattr(surgery, "set_output", wrong)
-    with pytest.raises(SurgeryError, match="outside the attention layers"):
+    with pytest.raises(SurgeryError, match="outside the attention layers and MLPs"):
         run_pass(PruneHeads(ratio=0.5), view, teacher, task, examples)

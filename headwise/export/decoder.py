@@ -17,10 +17,12 @@ from torch.export import Dim
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from headwise.calibration.tasks import Examples
 from headwise.errors import ExportError
 from headwise.export.graph import clean_up, save_graph, signature
-from headwise.export.onnx import Case, ExportInfo, Parity, compare, not_traceable
+from headwise.export.onnx import Case, ExportInfo, Parity, compare, not_traceable, to_onnx
 from headwise.export.ports import IDS, MASK, POSITIONS, axis_names, check_ports
+from headwise.export.precision import ExportSpec
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
@@ -32,6 +34,14 @@ from headwise.tolerances import ONNX_PARITY
 LOGITS = "logits"
 _PAST, _NEW = 4, 3
 """Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+
+
+def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSpec) -> ExportInfo:
+    """Export a model as the recipe wants it: with its cache, see ``decoder_to_onnx``, or without, see ``to_onnx``."""
+    batch = examples.example_batch()
+    if caches(view, batch, spec.cache):
+        return decoder_to_onnx(view, batch[IDS], path, opset=spec.opset)
+    return to_onnx(view.module, batch, path, dynamic=examples.dynamic_axes(), opset=spec.opset)
 
 
 def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["auto"] | bool) -> bool:

@@ -13,11 +13,13 @@ import torch
 
 from headwise.errors import SurgeryError
 from headwise.model.attend import form
-from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
+from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, DropNeurons, EditPlan, ShareKV
 from headwise.model.handed import compute_own
 from headwise.model.layout import AttentionLayout, Layout
+from headwise.model.mlp import MlpView
+from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
 from headwise.model.view import AttentionView, ModelView, Projections
-from headwise.model.writing import write, written
+from headwise.model.writing import write, write_output, written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,9 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     predicted = plan.predict(model.layout)
     compute_own(model)
     for position, edit in enumerate(plan.edits):
+        if isinstance(edit, DropNeurons):
+            drop_neurons(model.mlp[edit.layer], edit)
+            continue
         layer = model.attention[edit.layer]
         match edit:
             case DropHeads():
@@ -88,6 +93,11 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 cluster_heads(layer, edit)
             case ClusterOnline():
                 write(layer, layer.read(), edit.apply(layer.layout))
+    _require_landed(model, predicted)
+
+
+def _require_landed(model: ModelView, predicted: Layout) -> None:
+    """Raise SurgeryError where layouts or weights are not those that the plan said."""
     for view, want in zip(model.attention, predicted.attention, strict=True):
         if view.layout != want or not view.fits():
             have = view.layout
@@ -96,14 +106,21 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 expected=f"{len(want.query)} and {len(want.kv)}, as planned, and weights of that many",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
+    for mlp, left in zip(model.mlp, predicted.mlp, strict=True):
+        if mlp.layout != left or len(mlp.count().neurons) != len(left.neurons):
+            raise SurgeryError(
+                f"MLP {mlp.index} has {len(mlp.count().neurons)} neurons after surgery",
+                expected=f"{len(left.neurons)}, as planned",
+                fix="this is a bug in headwise; please report it with the model type and the plan",
+            )
 
 
 @contextmanager
 def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
-    Dropped heads are gated to zero. Shared heads are written out for each of their readers, and so are the queries and
-    keys of representatives.
+    Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
+    queries and keys of representatives.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -111,6 +128,11 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
             gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
             stack.enter_context(layer.gate(torch.tensor(gates, dtype=layer.read().output.dtype)))
+        for mlp in model.mlp:
+            gone = {n for e in plan.edits if isinstance(e, DropNeurons) and e.layer == mlp.index for n in e.neurons}
+            if gone:
+                gates = [0.0 if neuron in gone else 1.0 for neuron in mlp.layout.neurons]
+                stack.enter_context(mlp.gate(torch.tensor(gates, dtype=mlp.linear()[0].dtype)))
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 layer = model.attention[edit.layer]
@@ -230,22 +252,21 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
     write(view, new, layout)
 
 
-def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Replace the output projection.
+def set_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Replace the output projection of an attention layer, or the down projection of an MLP.
 
     Args:
         view: the layer.
-        weight: (D, N, H).
+        weight: (D, F), F = N * H for attention.
         bias: (D,), or None where the layer has none.
     """
-    old = view.read()
-    if (bias is None) != (old.output_bias is None):
+    if (bias is None) != (view.linear()[1] is None):
         raise SurgeryError(
             f"layer {view.index}: a bias {'is missing' if bias is None else 'is given'} for the output projection",
             expected="a bias exactly where the original layer has one",
             fix="fold constants only into layers that have an output bias",
         )
-    write(view, replace(old, output=weight, output_bias=bias), view.layout)
+    write_output(view, weight, bias)
 
 
 def set_values(view: AttentionView, values: ValueHeads) -> None:
@@ -279,6 +300,9 @@ def reshape(model: ModelView, layout: Layout) -> None:
             further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
         write(view, zeros, entry)
+    # Layouts of version 0.1.0 say nothing about neurons.
+    for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
+        reshape_mlp(mlp, neurons)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -118,6 +118,10 @@ class AttentionView:
         """Weight as (out, in), and bias."""
         return matrix(module, transposed=self.family.transposed)
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output projection as (D, N * H), and its bias."""
+        return self._matrix(self.output)
+
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
         family, H = self.family, self.layout.head_dim
@@ -159,17 +163,19 @@ class AttentionView:
                 yield path, parameter.detach().movedim(axis, 0).unflatten(0, (len(self.layout.query), -1))
 
     @contextmanager
-    def gate(self, scale: torch.Tensor) -> Iterator[None]:
+    def gate(self, scale: torch.Tensor, instead: torch.Tensor | None = None) -> Iterator[None]:
         """Scale each head's contribution while the block runs.
 
         Args:
             scale: (N,), or (B, N) for one gate per sample. Zero is the exact twin of removing the head.
+            instead: (N, H) what a closed head gives in place of zeros.
         """
 
         def scaled(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             heads = args[0].unflatten(-1, (-1, self.layout.head_dim))
             gates = scale[..., None] if scale.dim() == 1 else scale[:, None, :, None]
-            return ((heads * gates).flatten(-2), *args[1:])
+            gated = heads * gates if instead is None else instead + (heads - instead) * gates
+            return (gated.flatten(-2), *args[1:])
 
         with hooked(self.output.register_forward_pre_hook(scaled)):
             yield
@@ -244,9 +250,18 @@ class ModelView:
             view.residual = bool(view.family.residual) or id(view.block) not in seen
             record = find_mlp(view.block, view.family)
             if record is not None and id(view.block) not in seen:
-                mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, view.family, record))
+                path = names[id(view.block)]
+                mlps.append(MlpView(len(mlps), path, view.block, view.family, record, runs=view.runs))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))
+
+    @property
+    def sublayers(self) -> tuple[AttentionView | MlpView, ...]:
+        """Attention layers and MLPs in the order in which they run."""
+        last = {id(layer.block): layer.index for layer in self.attention}
+        after = {last[id(mlp.block)]: mlp for mlp in self.mlp}
+        pairs = ((layer, after.get(layer.index)) for layer in self.attention)
+        return tuple(part for pair in pairs for part in pair if part is not None)
 
     @property
     def layout(self) -> Layout:

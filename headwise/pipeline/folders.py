@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from headwise.errors import DataError
 from headwise.export.targets import CPU
 from headwise.pipeline.graphs import GRAPH, MODEL
 from headwise.pipeline.report import REPORT
-from headwise.pipeline.summary import Report
+from headwise.pipeline.summary import Report, Stage
 
 _USED = ("passed", "warned")
 
@@ -27,8 +26,13 @@ def untouched_model(report: Report) -> str:
 
 def compressed_model(folder: Path, report: Report) -> str:
     """The checkpoint behind the last pass whose result was used; the untouched one where there is none."""
-    used = [stage for stage in _used(report) if stage["kind"] == "pass"]
-    return str(folder / used[-1]["folder"] / MODEL) if used else untouched_model(report)
+    stage = last_pass(report)
+    return untouched_model(report) if stage is None else str(folder / stage["folder"] / MODEL)
+
+
+def last_pass(report: Report) -> Stage | None:
+    """The last pass whose result was used."""
+    return next((stage for stage in reversed(_used(report)) if stage["kind"] == "pass"), None)
 
 
 def runnable_graph(folder: Path, report: Report) -> Path:
@@ -48,5 +52,5 @@ def runnable_graph(folder: Path, report: Report) -> Path:
     )
 
 
-def _used(report: Report) -> list[Any]:
+def _used(report: Report) -> list[Stage]:
     return [stage for stage in report["stages"] if stage["status"] in _USED]
