@@ -167,6 +167,7 @@ class LanguageInputs(Inputs):
             **super().recipe(case),
             "task": {"type": "language-modeling", "data": data["judged"]},
             "calibration": {"data": data["calibration"], "samples": self.samples},
+            "export": {"cache": False},
         }
 
     def scores(self, metrics: Mapping[str, Row]) -> Row:

@@ -147,6 +147,14 @@ def test_a_graph_without_attention_is_refused(tmp_path: Path) -> None:
         find_cached(onnx.load(str(block(tmp_path))), ["layer.1"])
 
 
+def test_a_cache_is_not_left_as_it_is_in_silence(tmp_path: Path) -> None:
+    joined = ("a = Attention(qt, kt, vt)", "kc = Concat<axis=2>(past, kt)\n    a = Attention(qt, kc, vt)")
+    past = ("float[batch, sequence, 32] x)", "float[batch, sequence, 32] x, float[batch, 2, length, 8] past)")
+    path = block(tmp_path, joined, past)
+    with pytest.raises(ExportError, match=r"past is a cache, and quantize\.kv does not reach into caches"):
+        find_cached(onnx.load(str(path)))
+
+
 def test_targets_know_the_formats_of_caches() -> None:
     assert Quantize(kv="fp8", matrices={"*": "float"}).schemes() == {"fp8-kv"}
     check_target(resolve_target("sm75"), "fp16", {"int8-kv"})

@@ -51,7 +51,7 @@ def find_cached(model: onnx.ModelProto, scopes: Collection[str] = ()) -> tuple[C
         scopes: module paths of the attention layers.
 
     Raises:
-        ExportError: a layer has no Attention operator on four axes.
+        ExportError: a layer has no Attention operator on four axes, or the graph has a cache.
     """
     graph = Channels(model.graph)
     found: dict[str, Cached] = {}
@@ -59,6 +59,7 @@ def find_cached(model: onnx.ModelProto, scopes: Collection[str] = ()) -> tuple[C
     for node in _attention(model.graph):
         for index in (_KEYS, _VALUES):
             name = node.input[index]
+            _refuse_cache(graph, name)
             dims = graph.dims.get(name, [])
             if len(dims) == 4 and dims[1] and dims[3]:
                 pairs = _pairs(graph, name, dims[3]) if index == _KEYS else ()
@@ -128,6 +129,18 @@ def quantize_cached(model: onnx.ModelProto, scales: Mapping[str, float], number:
 
 def _attention(graph: onnx.GraphProto) -> Sequence[NodeProto]:
     return [node for node in graph.node if node.op_type == "Attention" and len(node.input) > _VALUES]
+
+
+def _refuse_cache(graph: Channels, name: str) -> None:
+    """A pair of nodes behind a cache would leave the cache as it is, which is not what was asked for."""
+    maker = graph.makers.get(name)
+    given = {value.name for value in graph.graph.input}
+    if maker is not None and maker.op_type == "Concat" and given.intersection(maker.input):
+        raise ExportError(
+            f"{given.intersection(maker.input).pop()} is a cache, and quantize.kv does not reach into caches",
+            expected="a graph without a cache",
+            fix="set export.cache to false to see what keys and values in this format would cost",
+        )
 
 
 def _pairs(graph: Channels, name: str, width: int) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headwise.model.cache import CacheLayout, CacheTensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayout:
@@ -59,9 +61,17 @@ class AttentionLayout:
         return self.kv[self.query.index(query) // self.group]
 
     @property
+    def cached(self) -> tuple[CacheTensor, ...]:
+        """What a kv cache holds of this layer."""
+        return (
+            CacheTensor(name="key", shape=(len(self.keyed), self.head_dim)),
+            CacheTensor(name="value", shape=(len(self.kv), self.head_dim)),
+        )
+
+    @property
     def kv_width(self) -> int:
         """Numbers that a kv cache holds for one token of this layer."""
-        return (len(self.keyed) + len(self.kv)) * self.head_dim
+        return sum(tensor.numbers for tensor in self.cached)
 
     def units(self) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of query heads that can go: single heads (MHA) or all readers of a kv head (GQA)."""
@@ -146,6 +156,11 @@ class Layout:
 
     attention: tuple[AttentionLayout, ...]
     mlp: tuple[MlpLayout, ...] = ()
+
+    @property
+    def cache(self) -> CacheLayout:
+        """What all attention layers cache."""
+        return CacheLayout(layers=tuple(layer.cached for layer in self.attention))
 
     def to_json(self) -> dict[str, Any]:
         return {
