@@ -24,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import onnxruntime as ort
+from common import Row, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 import headwise
@@ -33,8 +34,6 @@ from headwise.export.runners import OrtRunner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.measure import measure, predict
 from headwise.model.checkpoint import load_checkpoint
-
-Row = dict[str, Any]
 
 ALL = ("sm75", "sm86", "sm89", "sm120")
 AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
@@ -284,7 +283,7 @@ def save(inputs: Inputs, part: str, content: Row) -> None:
     packages = ("headwise", "torch", "transformers", "onnx", "onnxruntime", "tensorrt-rtx")
     versions = {name: version(name) for name in packages}
     parts[part] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *without(sys.argv, "--only")]),
         "versions": {"python": platform.python_version(), **versions},
         "device": device_name(),
         "data": inputs.data.name,
@@ -294,6 +293,17 @@ def save(inputs: Inputs, part: str, content: Row) -> None:
     inputs.out.with_suffix(".json").write_text(json.dumps(parts, indent=1) + "\n")
     texts = [WRITERS[name](parts[name]) + origin(parts[name]) for name in WRITERS if name in parts]
     inputs.out.with_suffix(".md").write_text("# Quantization without training\n\n" + "\n".join(texts))
+
+
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """Arguments without an option and its values: a part keeps the rows that were measured before."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest)
+        else:
+            kept.append(argument)
+    return kept
 
 
 def formats_text(part: Row) -> str:
@@ -380,10 +390,6 @@ def speed(row: Row) -> list[str]:
 
 def size(megabytes: float | None) -> str:
     return "-" if megabytes is None else f"{megabytes:.1f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def origin(part: Row) -> str:
