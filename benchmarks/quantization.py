@@ -232,7 +232,7 @@ def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
     task = make_task(SimilarityOptions(type="sentence-similarity", metric="spearman", data=data))
     examples = task.encode(load_table(data, task.roles()), checkpoint)
     train = load_table(DataSpec.model_validate(inputs.source(inputs.train)), task.roles(labels=False))
-    calibration = task.encode(sample(train, inputs.samples, 0), checkpoint)
+    calibration = task.encode(sample(train, inputs.samples, 0), checkpoint, labels=False)
     static = inputs.work / "quantize_static.onnx"
     names = {item.name for item in ort.InferenceSession(dense, providers=["CPUExecutionProvider"]).get_inputs()}
     stored = [{key: value for key, value in batch.inputs.items() if key in names} for batch in calibration.batches(1)]
