@@ -30,6 +30,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 import headwise
 from headwise.calibration.data import DataSpec, load_table, sample
 from headwise.calibration.tasks import SimilarityOptions, make_task
+from headwise.errors import ExportError
 from headwise.export.runners import OrtRunner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.measure import measure, predict
@@ -242,29 +243,34 @@ def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
         quantize_static(dense, static, Reader(stored), quant_format=QuantFormat.QDQ)
     with TorchRunner(checkpoint.module) as runner:
         reference = predict(runner, task, examples)
-    rows = []
-    for name, path in {"onnxruntime quantize_static, defaults": static, **graphs}.items():
+    one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
+
+    def judged(path: Path) -> Row:
         with OrtRunner(path) as runner:
             found = measure(task, examples, reference, predict(runner, task, examples))
         scores = {entry.metric: entry.values() for entry in found}
-        one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
         with OrtRunner(dense, threads=1) as first, OrtRunner(path, threads=1) as second:
             times = latency({"dense": first, "this": second}, one)
         before, after = scores["spearman"]
-        rows.append(
-            {
-                "name": name,
-                "spearman": after,
-                "drop": before - after,
-                "fidelity": scores["fidelity"][1] / 100,
-                "graph_mb": path.stat().st_size / 1e6,
-                "latency": {
-                    "median_ms": times["this"].median_ms,
-                    "reference_ms": times["dense"].median_ms,
-                    "ratio": times["this"].median_ms / times["dense"].median_ms,
-                },
-            }
-        )
+        ratio = times["this"].median_ms / times["dense"].median_ms
+        return {
+            "spearman": after,
+            "drop": before - after,
+            "fidelity": scores["fidelity"][1] / 100,
+            "latency": {
+                "median_ms": times["this"].median_ms,
+                "reference_ms": times["dense"].median_ms,
+                "ratio": ratio,
+            },
+        }
+
+    rows = []
+    for name, path in {"onnxruntime quantize_static, defaults": static, **graphs}.items():
+        try:
+            row = judged(path)
+        except ExportError as error:
+            row = {"error": error.found.replace(str(path), path.name)[:300]}
+        rows.append({"name": name, "graph_mb": path.stat().st_size / 1e6, **row})
         print(json.dumps(rows[-1]), flush=True)
     save(inputs, "others", {"rows": rows})
 
@@ -349,9 +355,16 @@ def options_text(part: Row) -> str:
 
 
 def others_text(part: Row) -> str:
-    return "## Beside it: other tools on the same graph and samples\n\n" + table(
-        ["tool", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
-        [[row["name"], *score(row), *speed(row), size(row["graph_mb"])] for row in part["rows"]],
+    return (
+        "## Beside it: other tools on the same graph and samples\n\n"
+        + table(
+            ["tool", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
+            [
+                [row["name"], *([*score(row), *speed(row)] if "error" not in row else ["-"] * 6), size(row["graph_mb"])]
+                for row in part["rows"]
+            ],
+        )
+        + "".join(f"\n{row['name']}: {row['error']}\n" for row in part["rows"] if "error" in row)
     )
 
 

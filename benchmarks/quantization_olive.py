@@ -1,4 +1,6 @@
-"""Olive's INT8 passes with their defaults, on a graph and the calibration samples that quantization.py left behind.
+"""Olive's INT8 passes with their defaults, and its dynamic one for matrix products alone.
+
+They get the graph and the calibration samples that quantization.py left behind.
 
 Runs in an environment of its own with olive-ai; benchmarks/README.md has the commands.
 
@@ -51,6 +53,7 @@ def main(graph: str, calibration: str, out: str) -> None:
     )
     passes: dict[str, tuple[Any, dict[str, Any]]] = {
         "dynamic": (OnnxDynamicQuantization, {}),
+        "dynamic-matmul": (OnnxDynamicQuantization, {"op_types_to_quantize": ["MatMul", "Gemm"]}),
         "static": (OnnxStaticQuantization, {"data_config": data}),
     }
     for name, (kind, options) in passes.items():
