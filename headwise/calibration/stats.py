@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from headwise.calibration.cross import CrossSums
 from headwise.calibration.maps import MapSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.errors import DataError
@@ -36,6 +37,10 @@ class Stat(StrEnum):
 
     QUERY_MOMENT = "query-moment"
     """The same for the input of queries, which is another sequence where a decoder attends to an encoder."""
+
+    CROSS_MOMENT = "cross-moment"
+    """Per layer (D + 1, D + 1): mean of ``x y^T``, y = the same of the earlier layer that ``pairs`` names for it; without
+    entries where there is none."""
 
     MAP_SIMILARITY = "map-similarity"
     """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
@@ -83,6 +88,7 @@ def collect(
     batch_size: int = 32,
     draws: int = 4,
     seed: int = 0,
+    pairs: Mapping[int, int] | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
     """Run the model once over ``examples`` and keep what ``needs`` asks for.
@@ -95,12 +101,14 @@ def collect(
         batch_size: samples per batch; results do not depend on it beyond rounding.
         draws: random projections of the signal per sample for ``GAUSS_NEWTON``.
         seed: seed of these projections.
+        pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
         progress: called with the number of samples of every finished batch.
 
     Raises:
         DataError: a statistic is not finite on these data.
     """
     sums = _Sums(view, frozenset(needs), draws, seed)
+    sums.cross = CrossSums(pairs or {})
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
         if progress is not None:
@@ -125,6 +133,7 @@ class _Sums:
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
+        self.cross = CrossSums({})
         self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
@@ -133,6 +142,7 @@ class _Sums:
         rows = len(batch.samples) * batch.per_sample
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
+            stack.enter_context(self.cross.watched(self.view, batch))
             for layer in self.view.attention:
                 family = layer.family
                 mask = None if family.patches else _mask(batch, decoder=family.decoder)
@@ -198,6 +208,8 @@ class _Sums:
             if stat in self.needs:
                 # The last entry counts the tokens.
                 every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))
+        if Stat.CROSS_MOMENT in self.needs:
+            every[Stat.CROSS_MOMENT] = self.cross.means(len(self.view.attention))
         if Stat.MAP_SIMILARITY in self.needs:
             every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
         if Stat.EXCHANGE_COST in self.needs:

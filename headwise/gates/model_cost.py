@@ -59,7 +59,7 @@ def model_cost(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> ModelCost
 
 def kv_bytes_per_token(view: ModelView) -> int:
     """See ``ModelCost``."""
-    return 2 * sum(layer.runs * layer.layout.kv_width for layer in view.attention if layer.family.causal)
+    return 2 * sum(layer.runs * layer.cached for layer in view.attention if layer.family.causal)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from headwise.errors import PlanError
+from headwise.model.latent_edits import LatentKV, ShareLayers, refuse_compressed
 from headwise.model.layout import AttentionLayout, Layout
 
 
@@ -176,7 +177,8 @@ class ClusterOnline:
 
 
 def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
-    """Raise PlanError for a layer in which not every head has queries and keys of its own."""
+    """Raise PlanError for a layer in which not every head has queries, keys and values of its own."""
+    refuse_compressed(layer, layout)
     if layout.clustered:
         raise PlanError(
             f"the heads of layer {layer} are clustered already",
@@ -185,8 +187,10 @@ def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline
-EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline)}
+Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers
+EDITS: Mapping[str, type[Edit]] = {
+    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,8 +57,8 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
     """Write transformers' own files; returns whether the stock class can load them."""
     module, layout, counted = checkpoint.module, view.layout, stock_entries(view)
     counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    clustered = any(entry.clustered for entry in layout.attention)
-    unchanged = not clustered and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
+    special = any(entry.clustered or entry.compressed for entry in layout.attention)
+    unchanged = not special and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
     config = module.config
     entries = {name: count(next(iter(layout.attention))) for name, count in counted.items()}
     stock = unchanged or (uniform(layout.attention) and _accepts(config, entries) and handed_alike(view))

@@ -13,8 +13,17 @@ import torch
 
 from headwise.errors import SurgeryError
 from headwise.model.attend import form
-from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
+from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, LatentKV, ShareKV, ShareLayers
 from headwise.model.handed import compute_own
+from headwise.model.latent_surgery import (
+    LatentWeights,
+    LentHeads,
+    compressed_twins,
+    latent_kv,
+    reshape_compressed,
+    share_layers,
+)
+from headwise.model.latent_swap import RotaryLatent
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.view import AttentionView, ModelView, Projections
 from headwise.model.writing import write, written
@@ -63,7 +72,7 @@ class SharedKV:
     missed: ValueHeads
 
 
-Payloads = Mapping[int, SharedKV]
+Payloads = Mapping[int, SharedKV | LatentWeights | RotaryLatent | LentHeads]
 """Position of an edit in its plan -> the numbers that it needs; edits that only select need none."""
 
 
@@ -78,12 +87,17 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     predicted = plan.predict(model.layout)
     compute_own(model)
     for position, edit in enumerate(plan.edits):
-        layer = model.attention[edit.layer]
+        layer, payload = model.attention[edit.layer], (payloads or {}).get(position)
         match edit:
             case DropHeads():
                 drop_heads(layer, edit)
             case ShareKV():
-                share_kv(layer, edit, (payloads or {})[position])
+                share_kv(layer, edit, _shared(payload))
+            case LatentKV():
+                assert isinstance(payload, LatentWeights | RotaryLatent), "passes give every edit its numbers"
+                latent_kv(layer, edit.apply(layer.layout), payload)
+            case ShareLayers():
+                share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)
             case ClusterOnline():
@@ -103,7 +117,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
     Dropped heads are gated to zero. Shared heads are written out for each of their readers, and so are the queries and
-    keys of representatives.
+    keys of representatives. Projections by way of a latent are multiplied out.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -114,7 +128,8 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 layer = model.attention[edit.layer]
-                stack.enter_context(written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
+                shared = _shared((payloads or {}).get(position))
+                stack.enter_context(written(layer, *_spread_shared(layer, edit, shared)))
             if isinstance(edit, ClusterHeads):
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, *_spread_clusters(layer, edit)))
@@ -124,7 +139,13 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(form("fused"))
+        stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
+
+
+def _shared(payload: object) -> SharedKV:
+    assert isinstance(payload, SharedKV), "passes give every edit the numbers that it needs"
+    return payload
 
 
 def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projections, AttentionLayout]:
@@ -278,7 +299,9 @@ def reshape(model: ModelView, layout: Layout) -> None:
             output_bias=old.output_bias,
             further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
-        write(view, zeros, entry)
+        write(view, zeros, replace(entry, latent=0, owner=None))
+        if entry.compressed:
+            reshape_compressed(model, view, entry)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

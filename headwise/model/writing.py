@@ -11,6 +11,7 @@ from torch import nn
 from headwise.model.access import assign, attribute
 from headwise.model.attend import bind
 from headwise.model.grouped import GroupedAttention, own_config
+from headwise.model.latent import build_latent
 from headwise.model.layout import AttentionLayout
 from headwise.model.view import AttentionView, Projections
 
@@ -22,7 +23,11 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
     family = view.family
     weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
     biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
-    if family.fused:
+    if layout.compressed:
+        _store(view, family.query, weights[0], biases[0])
+        if new.latent is not None:
+            build_latent(view.module, (family.key, family.value), new.latent)
+    elif family.fused:
         bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
         _store(view, family.query, _fused(view, weights), bias)
     else:

@@ -18,10 +18,10 @@ from headwise.calibration.tasks import Examples, Task
 from headwise.calibration.value_refit import fit_values
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
-from headwise.model.edits import DropHeads, EditPlan
+from headwise.model.edits import DropHeads, EditPlan, ShareLayers
 from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.model.layout import Layout
-from headwise.model.surgery import Payloads
+from headwise.model.surgery import Payloads, SharedKV
 from headwise.model.view import ModelView
 from headwise.spec import Spec
 from headwise.tolerances import TWIN
@@ -46,6 +46,15 @@ class Pass(Spec):
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
+
+    def pairs(self, view: ModelView) -> Mapping[int, int]:
+        """Layer -> the earlier layer that it is compared with, where ``needs`` asks for ``CROSS_MOMENT``.
+
+        Raises:
+            PlanError: the options cannot be met on this model.
+        """
+        del view
+        return {}
 
     @abstractmethod
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
@@ -130,7 +139,8 @@ def make_plan(
     recovery = pass_.recovery()
     needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
     report = None if progress is None else partial(progress, "statistics")
-    stats = collect(view, task, examples, needs, batch_size=batch_size, seed=seed, progress=report)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": report}
+    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -192,7 +202,7 @@ def run_pass(
         if recovery.fold_mean:
             _fold(view, folded)
         if recovery.refit:
-            missed = {plan.edits[position].layer: payload.missed for position, payload in payloads.items()}
+            missed = {plan.edits[i].layer: p.missed for i, p in payloads.items() if isinstance(p, SharedKV)}
             options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
             fits = _refit(view, teacher, plan, recovery, examples, missed=missed, **options)
     if _versions(view) != bystanders:
@@ -279,7 +289,8 @@ def _refit(
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, float]]:
-    first = min(edit.layer for edit in plan.edits)
+    # An owner may get other weights before it lends them.
+    first = min(edit.owner if isinstance(edit, ShareLayers) else edit.layer for edit in plan.edits)
     fits: list[Mapping[str, float]] = []
     for layer in view.attention[first:]:
         report = None if progress is None else partial(progress, f"refit of layer {layer.index}")

@@ -70,7 +70,7 @@ def _title(entry: dict[str, Any]) -> str:
     before, after = (_counts(entry[when]["attention"]) for when in ("before", "after"))
     gone = {name: had - after[name] for name, had in before.items() if had > after[name]}
     if "query heads" in gone or "kv heads" in gone:
-        # Queries and keys went with their heads.
+        # Queries, keys and numbers went with their heads.
         gone = {name: count for name, count in gone.items() if name.endswith("heads")}
     counts = ", ".join(f"{count} of {before[name]} {name}" for name, count in gone.items())
     return f"{entry['pass']}: {counts or 'nothing'} would go"
@@ -84,6 +84,7 @@ def _counts(layers: Sequence[dict[str, Any]]) -> dict[str, int]:
         "kv heads": sum(len(layout.kv) for layout in layouts),
         "queries": sum(len(layout.scoring) for layout in layouts),
         "keys": sum(len(layout.keyed) for layout in layouts),
+        "kv numbers per token": sum(layout.kv_width for layout in layouts),
     }
 
 
