@@ -131,21 +131,38 @@ class Miss:
 
 def find(folder: Path, key: Mapping[str, Any]) -> Artifact | Miss:
     """The stored artifact of ``folder``, if it was made from exactly ``key`` and its files are whole."""
+    stored = _manifest(folder)
+    if isinstance(stored, Miss):
+        return stored
+    fresh, old = json.loads(json.dumps(key, default=str)), stored["key"]
+    changed = sorted(name for name in {*old, *fresh} if old.get(name) != fresh.get(name))
+    if changed:
+        return Miss(reason="changed: " + ", ".join(changed))
+    return _whole(folder, stored)
+
+
+def reopen(folder: Path) -> Artifact | Miss:
+    """The stored artifact of ``folder``, whatever it was made from, if its files are whole."""
+    stored = _manifest(folder)
+    return stored if isinstance(stored, Miss) else _whole(folder, stored)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | Miss:
     manifest = folder / MANIFEST
     if not manifest.exists():
         return Miss(reason="not there yet")
     try:
         stored = json.loads(manifest.read_text())
-        kind, files, old, info = stored["kind"], stored["files"], stored["key"], stored["info"]
+        return {name: stored[name] for name in ("kind", "files", "key", "info")}
     except (ValueError, KeyError, TypeError, OSError) as error:
         return Miss(reason=f"its manifest cannot be read ({error})")
-    fresh = json.loads(json.dumps(key, default=str))
-    changed = sorted(name for name in {*old, *fresh} if old.get(name) != fresh.get(name))
-    if changed:
-        return Miss(reason="changed: " + ", ".join(changed))
+
+
+def _whole(folder: Path, stored: Mapping[str, Any]) -> Artifact | Miss:
+    files = stored["files"]
     if digest_tree(folder) != files:
         return Miss(reason="its files were changed or damaged")
-    return Artifact(kind=kind, path=folder, digest=digest_json(files), key=key, info=info)
+    return Artifact(kind=stored["kind"], path=folder, digest=digest_json(files), key=stored["key"], info=stored["info"])
 
 
 def seal(folder: Path, *, kind: str, key: Mapping[str, Any], info: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import functools
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def compress(
         return 0
     _show(terminal(run.report))
     click.echo(f"Report: {run.folder / 'report.html'}")
+    _tell_ci(run.report)
     return run.exit_code
 
 
@@ -208,6 +209,39 @@ def report(directory: Path, form: str | None) -> None:
         click.echo({"html": html, "markdown": reports.markdown, "junit": reports.junit}[form](found))
 
 
+@main.command(epilog=EXIT_CODES)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--against", type=click.Path(path_type=Path), required=True, help="The baseline, a JSON file beside your code."
+)
+@click.option("--update", is_flag=True, help="Make this run the baseline, if it passes; the limits stay as they are.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_errors_to_exit_codes
+def check(directory: Path, against: Path, update: bool, junit: Path | None, as_json: bool) -> int:
+    """Judge a finished run again with the limits of a baseline, and say what moved.
+
+    Needs neither the model nor the data nor a GPU: DIRECTORY is the --out of `headwise compress`, of which report.json
+    and the *.measured folders are enough. The limits are those of the baseline, so that a changed recipe cannot loosen
+    them. In a job of GitHub the result is also an annotation and a part of the job summary.
+    """
+    from headwise.artifacts import write_atomic
+    from headwise.pipeline import ci, regression_report
+    from headwise.pipeline.baseline import Baseline
+    from headwise.pipeline.regression import accept, compare
+
+    found = accept(directory, against) if update else compare(directory, Baseline.read(against))
+    _show_or_dump(found.to_json() if as_json else found, regression_report.table, as_json=as_json)
+    if junit is not None:
+        write_atomic(junit, regression_report.junit(found))
+    ci.add_summary(regression_report.markdown(found))
+    for line in ci.commands(regression_report.as_annotations(found)):
+        click.echo(line, err=as_json)
+    if update:
+        click.echo(f"{against} was {'not ' if found.exit_code == 1 else ''}written", err=True)
+    return found.exit_code
+
+
 @main.command()
 def passes() -> None:
     """List the passes that a recipe can use, with their options."""
@@ -234,6 +268,16 @@ def _monitor() -> Iterator[Any]:
     with RichMonitor(Console(stderr=True)) as monitor:
         monitor.start("load")
         yield monitor
+
+
+def _tell_ci(report: Mapping[str, Any]) -> None:
+    """What did not pass as annotations, and the report as a job summary, where a CI service takes them."""
+    from headwise.pipeline import ci
+    from headwise.pipeline.report import markdown
+
+    ci.add_summary(markdown(report))
+    for line in ci.commands(ci.of_report(report)):
+        click.echo(line)
 
 
 def _show(result: Any) -> None:

@@ -58,12 +58,12 @@ PLAIN: dict[str, Any] = {
 }
 
 
-def text_files(folder: Path) -> Path:
+def text_files(folder: Path, *, vocabulary: int = len(WORDS)) -> Path:
     """A tiny BERT with a tokenizer, sentence pairs with its own cosine as score, and a recipe."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=len(WORDS),
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=HEADS,

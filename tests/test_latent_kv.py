@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +228,12 @@ def test_other_passes_come_before() -> None:
 
 def test_surgery_that_is_not_exact_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break surgery on purpose: leave out what values gain on average."""
-    monkeypatch.setattr(latent_surgery, "_with_latent", lambda old, weights: _without_bias(old, weights))
+    monkeypatch.setattr(latent_surgery, "_with_latent", _without_bias)
     with pytest.raises(SurgeryError, match="differs from its exact twin"):
         compress("torch", rank=4)
 
 
 def _without_bias(old: Any, weights: Any) -> Any:
-    from dataclasses import replace
-
     return replace(old, latent=weights.projections)
 
 

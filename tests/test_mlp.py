@@ -60,7 +60,7 @@ def test_every_block_has_its_mlp(family: str) -> None:
     names = dict(view.module.named_modules())
     for mlp in view.mlp:
         assert names[mlp.path] is mlp.block
-        assert names[mlp.paths[-1]] is mlp.down
+        assert names[mlp.paths[-1]] is mlp.output
         assert len(mlp.paths) == (3 if family in GROUPED - {"phi3"} else 2)
         assert (mlp.read().gate is not None) == (family in GROUPED)
 
@@ -149,7 +149,7 @@ def test_a_block_of_ones_own_is_not_believed_to_add_its_mlp_anywhere() -> None:
     (mlp,) = ModelView.of(Block()).mlp
     seen: list[torch.Tensor] = []
     with mlp.watch_residual(seen.append):
-        mlp.down(mlp.block.linear1(torch.zeros(1, WIDTH)))
+        mlp.output(mlp.block.linear1(torch.zeros(1, WIDTH)))
     assert seen == []
 
 

@@ -14,15 +14,16 @@ from onnx import TensorProto, numpy_helper
 
 from headwise.calibration.formats import input_scale, restore
 from headwise.calibration.histogram import Histogram
-from headwise.calibration.products import dynamic_input
+from headwise.calibration.products import dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed
 from headwise.errors import ExportError, PlanError
+from headwise.export.decode import decode_weights
 from headwise.export.dynamic import write_dynamic
 from headwise.export.graph import NAME_SCOPES
 from headwise.export.listing import read_listing
 from headwise.export.matrices import TapRunner, find_matrices, find_taps
 from headwise.export.precision import ExportSpec, Precision, convert_precision
-from headwise.export.quantize import SCALE_DTYPES, Promise, QuantizedGraph, smooth, write_quantized
+from headwise.export.quantize import SCALE_DTYPES, Promise, QuantizedGraph, write_quantized
 from headwise.export.runners import OrtRunner
 from headwise.export.targets import resolve_target
 from headwise.export.tensorrt import build_engine, profiles_for
@@ -105,7 +106,7 @@ def written(
     options = options or Quantize()
     matrices = find_matrices(path)
     plan = plan or options.plan(matrices, ranges(path))
-    codes = options.codes(plan, matrices, SCALE_DTYPES[precision])
+    codes = options.codes(plan, matrices, ranges(path), quantized_input, SCALE_DTYPES[precision])
     out = path.with_name("quantized.onnx")
     return out, write_quantized(path, out, plan, codes, precision=precision), plan
 
@@ -189,10 +190,14 @@ def test_the_graph_computes_what_the_codes_say(tmp_path: Path, precision: Precis
     dtype = SCALE_DTYPES[precision]
     matrices = {matrix.name: matrix for matrix in find_matrices(path)}
     entry = plan.quantized()["attention.query"]
-    codes = Quantize().codes(plan, list(matrices.values()), dtype)["attention.query"]
+    codes = Quantize().codes(plan, list(matrices.values()), ranges(path), quantized_input, dtype)["attention.query"]
     x = batch()["x"].astype(dtype).astype(np.float32)
     scale = input_scale(float(entry.input_largest or 0), "int8", dtype)
     expected = np.clip(np.rint(x / scale), -128, 127) * scale @ restore(codes, None, dtype)
+    bias = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}["bq"]
+    assert codes.bias_delta is not None
+    assert 0 < np.abs(codes.bias_delta).max() < 0.02
+    np.testing.assert_allclose(numpy_helper.to_array(constants["bq"]), bias + codes.bias_delta, atol=1e-3)
     got = TapRunner(out, ["q0"])({"x": batch()["x"].astype(dtype)})["q0"]
     np.testing.assert_allclose(got.astype(np.float32), expected, atol=2e-2 if precision == "fp16" else 1e-5)
     reference, found = run(path), run(out)
@@ -222,25 +227,12 @@ def test_different_ranges_of_one_input_have_scales_of_their_own(tmp_path: Path) 
     assert errors["q0"] < 0.2 < errors["k"]  # the smaller range clips what only the key reads
 
 
-def test_smoothing_changes_no_bit(tmp_path: Path) -> None:
-    path = graph(tmp_path)
-    random = np.random.default_rng(0)
-    taps = {tap: tuple(int(e) for e in random.integers(-3, 4, 64)) for tap in ("x", "t", "f")}
-    model = onnx.load(str(path))
-    assert smooth(model, QuantPlan(matrices=ALL, smooth=taps)) == 3
-    onnx.save(model, str(tmp_path / "smooth.onnx"))
-    smoothed = TapRunner(tmp_path / "smooth.onnx", ["x_smoothed"])(batch())["x_smoothed"]
-    np.testing.assert_array_equal(smoothed, batch()["x"] / np.exp2(taps["x"]).astype(np.float32))
-    for name, values in run(path, optimize=False).items():
-        np.testing.assert_array_equal(run(tmp_path / "smooth.onnx", optimize=False)[name], values)
-
-
 def test_dynamic_int8_follows_the_range_of_every_call(tmp_path: Path) -> None:
     path, out = graph(tmp_path), tmp_path / "dynamic.onnx"
     matrices = find_matrices(path)
     plan = Quantize(matrices={"attention.out": "float"}).plan(matrices, ranges(path))
-    codes = Quantize().codes(plan, matrices, SCALE_DTYPES["fp32"])
-    assert write_dynamic(path, out, plan, codes) == 0
+    codes = Quantize().codes(plan, matrices, ranges(path), dynamic_input, SCALE_DTYPES["fp32"])
+    write_dynamic(path, out, plan, codes)
     kinds = [node.op_type for node in onnx.load(str(out)).graph.node]
     assert (kinds.count("MatMulInteger"), kinds.count("DynamicQuantizeLinear")) == (3, 2)  # query and key share theirs
     assert (kinds.count("MatMul"), kinds.count("Gemm")) == (3, 0)  # one stays, two multiply activations
@@ -257,6 +249,46 @@ def test_dynamic_int8_follows_the_range_of_every_call(tmp_path: Path) -> None:
     assert np.linalg.norm(found["k"] - reference["k"]) / np.linalg.norm(reference["k"]) < 0.02
     for name, values in run(path).items():
         assert np.linalg.norm(run(out)[name] - values) / np.linalg.norm(values) < 0.05
+
+
+WEIGHT_FORMATS: dict[str, tuple[dict[str, Any], float]] = {
+    "int8": ({"weights_only": True}, 0.05),
+    "fp8": ({"format": "fp8", "weights_only": True}, 0.15),
+    "fp8 with activations": ({"format": "fp8"}, 0.15),
+    "int4": ({"format": "int4", "block": 16}, 0.5),
+    "nvfp4": ({"format": "nvfp4"}, 0.5),
+    "mxfp8": ({"format": "mxfp8"}, 0.15),
+    "int4 with gptq": ({"format": "int4", "rounding": "gptq"}, 0.5),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHT_FORMATS)
+def test_weights_of_every_format_are_what_the_codes_say(tmp_path: Path, case: str) -> None:
+    options, limit = Quantize(**WEIGHT_FORMATS[case][0]), WEIGHT_FORMATS[case][1]
+    path = graph(tmp_path)
+    out, info, plan = written(path, options)
+    decoded = tmp_path / "decoded.onnx"
+    assert decode_weights(out, decoded) == (options.format in ("nvfp4", "mxfp8"))
+    dtype = SCALE_DTYPES["fp16"]
+    codes = options.codes(plan, find_matrices(path), ranges(path), quantized_input, dtype)
+    runnable = decoded if decoded.exists() else out
+    for promise_, name in zip(info.promises, NAMES, strict=True):
+        values = TapRunner(runnable, [f"{name}.weight_values"])({"x": batch()["x"].astype(dtype)})
+        expected = restore(codes[name], plan.quantized()[name].block, dtype).astype(dtype)
+        got = values[f"{name}.weight_values"]
+        np.testing.assert_array_equal(got.T if name == "head" else got, expected)
+        assert promise_.weights_only == (case != "fp8 with activations")
+    for name, values in run(path).items():
+        assert np.linalg.norm(run(runnable)[name] - values) / np.linalg.norm(values) < limit
+    if decoded.exists():
+        with pytest.raises(ExportError, match="ONNX Runtime refuses"):
+            OrtRunner(out)
+
+
+def test_inputs_that_no_block_divides_stay_float(tmp_path: Path) -> None:
+    path = graph(tmp_path)
+    plan = Quantize(format="int4", block=128).plan(find_matrices(path), ranges(path))
+    assert {(entry.scheme, entry.reason) for entry in plan.matrices} == {("float", "64 inputs are no multiple of 128")}
 
 
 LISTING = """Layers:
@@ -296,11 +328,34 @@ def test_a_promised_matrix_that_runs_in_half_fails_the_gate() -> None:
     assert verdict.outcome is Outcome.FAIL
     assert verdict.difference == 2
     assert verdict.reason == "2 of 3 matrices do not run as planned: m.d (Half), m.e (not found)"
+    (verdict,) = judge_kernels(listing, [replace(promise("d", "int4", weights_only=True), decode="c_dq")], "e")
+    assert (verdict.outcome, verdict.reason) == (Outcome.PASS, "1 of 1 as planned, 1 decoded by a kernel before")
     (verdict,) = judge_kernels(listing, [promise("c", "int4")], "engine-sm86")
     assert verdict.reason.endswith("m.c (Half*Int4)")  # weights in four bits are not yet a product in four bits
     (verdict,) = judge_kernels(None, kept[:1], "engine-sm86")
     assert verdict.outcome is Outcome.NOT_RUN
     assert judge_kernels(None, [], "engine-sm86") == []
+
+
+@needs_builder
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [("int8", "sm75"), ("fp8", "sm89"), ("fp8 with activations", "sm89"), ("int4", "sm86"), ("nvfp4", "sm120")],
+)
+def test_engines_hold_every_format(tmp_path: Path, case: str, target: str) -> None:
+    path, info, _ = written(graph(tmp_path), Quantize(**WEIGHT_FORMATS[case][0]))
+    engine = build_engine(path, tmp_path / "e", resolve_target(target), profiles=profiles_for(path, ExportSpec()))
+    (verdict,) = judge_kernels(engine.listing, info.promises, "engine")
+    assert verdict.outcome is Outcome.PASS, verdict.reason
+
+
+@needs_builder
+def test_small_weights_that_the_builder_decodes_itself_are_found(tmp_path: Path) -> None:
+    path, info, _ = written(graph(tmp_path), Quantize(format="mxfp8"))
+    engine = build_engine(path, tmp_path / "e", resolve_target("sm89"), profiles=profiles_for(path, ExportSpec()))
+    (verdict,) = judge_kernels(engine.listing, info.promises, "engine")
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.reason.startswith("4 of 4 matrices do not run as planned: attention.query (Half)")
 
 
 @needs_builder

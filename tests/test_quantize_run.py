@@ -94,7 +94,7 @@ def test_other_options_do_not_calibrate_again(tmp_path: Path) -> None:
     folder = text_files(tmp_path / "text")
     recipe(folder, {"quantize": {"calibration": "mse"}})
     first = run(folder)
-    manifest = folder / "out" / "01-onnx.ranges" / "manifest.json"
+    manifest = folder / "out" / "01-onnx.ranges-tensorrt" / "manifest.json"
     before = manifest.stat().st_mtime_ns
     again = run(folder)
     assert all(stage["cached"] for stage in again.report["stages"])
@@ -187,6 +187,20 @@ def test_two_runtimes_get_a_graph_each(tmp_path: Path) -> None:
     ]
 
 
+def test_a_format_that_onnxruntime_lacks_is_judged_decoded(tmp_path: Path) -> None:
+    folder = text_files(tmp_path / "text")
+    recipe(folder, {"quantize": {"format": "mxfp8", "matrices": {"*.output.dense": "nvfp4"}}})
+    found = run(folder)
+    assert found.exit_code == 0, found.reason
+    stage = by_name(found)["quantize"]
+    assert stage["status"] == "passed"
+    schemes = [row["scheme"] for row in stage["record"]["matrices"]]
+    assert (schemes.count("mxfp8-weights"), schemes.count("nvfp4-weights")) == (8, 4)
+    assert stage["cost"]["macs"] == by_name(found)["fp16"]["cost"]["macs"]
+    files = {Path(file["path"]).name: file["bytes"] for file in stage["artifacts"]}
+    assert stage["cost"]["file_bytes"] == files["model.onnx"] < files["decoded.onnx"]
+
+
 def test_a_cpu_alone_needs_no_graph_for_tensorrt(tmp_path: Path) -> None:
     folder = text_files(tmp_path / "text")
     recipe(folder, targets=["cpu"])
@@ -201,3 +215,39 @@ def test_a_cpu_alone_needs_no_graph_for_tensorrt(tmp_path: Path) -> None:
         "cpu",
         "engine-sm86",
     ]
+
+
+def test_a_budget_leaves_the_dearest_matrices_alone(tmp_path: Path) -> None:
+    folder = text_files(tmp_path / "text")
+    base = {"format": "int4", "block": 16, "smooth": None}
+    recipe(folder, {"quantize": {**base, "budget": {"max_drop": 100, "samples": 16}}})
+    everything = run(folder)
+    assert everything.exit_code == 0, everything.reason
+    record = by_name(everything)["quantize"]["record"]
+    drops = {row["name"]: row["drop"] for row in record["matrices"]}
+    assert record["sweep"] == {"metric": "fidelity", "samples": 16}
+    assert len(drops) == 12
+    assert max(drops.values()) > 0
+    assert {row["scheme"] for row in record["matrices"]} == {"int4-weights"}
+    sweep = folder / "out" / "01-onnx.sweep-tensorrt" / "manifest.json"
+    before = sweep.stat().st_mtime_ns
+
+    nothing = run(folder, "passes.0.budget.max_drop=0")
+    rows = by_name(nothing)["quantize"]["record"]["matrices"]
+    assert [row["scheme"] for row in rows].count("float") >= 9
+    assert {row["reason"] for row in rows if row["scheme"] == "float"} == {"left alone by the budget"}
+
+    small = sum(row["bytes_after"] for row in record["matrices"])
+    saved = {row["name"]: row["bytes_before"] - row["bytes_after"] for row in record["matrices"]}
+    dearest = max(drops, key=lambda name: drops[name] / saved[name])
+    limit = (small + saved[dearest]) / 1e6
+    sized = run(folder, f"passes.0.budget={{size: {limit}, samples: 16}}")
+    rows = by_name(sized)["quantize"]["record"]["matrices"]
+    assert [row["name"] for row in rows if row["scheme"] == "float"][:1] == [dearest]
+    assert sum(row["bytes_after"] for row in rows) <= limit * 1e6
+    assert sweep.stat().st_mtime_ns == before  # measured once for all of them
+    markdown = (sized.folder / "report.md").read_text()
+    assert "| Alone it costs |" in markdown
+    refused = run(folder, "passes.0.budget={size: 0.001, samples: 16}")
+    assert refused.exit_code == 2
+    assert "at most 0.001 MB, the budget" in refused.reason

@@ -73,6 +73,15 @@ def test_padding_does_not_count_and_batches_do_not_matter(layout: str, batch_siz
     assert len({row.tobytes() for row in seen.rows}) == 20
 
 
+def test_padding_counts_where_a_call_takes_the_range_of_all_it_gets() -> None:
+    def run(batch: Mapping[str, Array]) -> Mapping[str, Array]:
+        return {"x": activations(batch["input_ids"])}
+
+    seen = collect_ranges(run, examples(), [Tap(name="x", dims=BATCH_SEQUENCE)], padding=True, batch_size=4)["x"]
+    assert seen.largest.tolist() == [1e6] * WIDTH
+    assert seen.tokens > len(every_token(examples()))
+
+
 def test_a_tensor_without_tokens_counts_every_row() -> None:
     def run(batch: Mapping[str, Array]) -> Mapping[str, Array]:
         return {"pooled": batch["input_ids"][:, :1] * np.ones((1, WIDTH), np.float32)}
@@ -80,19 +89,6 @@ def test_a_tensor_without_tokens_counts_every_row() -> None:
     seen = collect_ranges(run, examples(), [Tap(name="pooled", dims=("batch", WIDTH))], batch_size=5)["pooled"]
     assert seen.tokens == 12
     assert seen.largest.tolist() == [1101] * WIDTH
-
-
-def test_smoothed_channels_are_seen_smoothed() -> None:
-    exponents = (0, 1, 2, 3, -1, 0)
-    tap = Tap(name="x", dims=BATCH_SEQUENCE)
-
-    def run(batch: Mapping[str, Array]) -> Mapping[str, Array]:
-        return {"x": activations(batch["input_ids"])}
-
-    seen = collect_ranges(run, examples(), [tap], smooth={"x": exponents})["x"]
-    plain = collect_ranges(run, examples(), [tap])["x"]
-    np.testing.assert_array_equal(seen.largest, plain.largest / np.exp2(exponents))
-    assert seen.histogram.largest == seen.largest.max()
 
 
 def test_numbers_that_are_none_are_an_error() -> None:

@@ -114,6 +114,7 @@ def test_defaults_of_calibration_and_passes() -> None:
                 "scope": "model",
                 "normalize": False,
                 "min_heads": 1,
+                "round_to": 1,
                 "fold_mean": True,
                 "refit": True,
                 "ridge": 1.0,

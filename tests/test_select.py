@@ -82,3 +82,45 @@ def test_swaps_respect_the_last_head_of_a_layer() -> None:
     matrix = torch.diag(torch.tensor([5.0, 6.0, 0.1, 0.2], dtype=torch.float64))
     chosen = by_matrix(units(2, 2), matrix, Budget(heads=2, keep=1))
     assert sorted(u.layer for u in chosen) == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("multiple", "heads"), [(2, 10), (3, 12), (4, 12)])
+def test_every_layer_keeps_a_multiple(seed: int, multiple: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(36, 20, generator=generator, dtype=torch.float64)
+    budget = Budget(heads=heads, keep=1, multiple=multiple)
+    for chosen in (
+        by_matrix(units(3, 12), factor @ factor.T, budget),
+        by_cost(units(3, 12), factor.square().sum(1).tolist(), budget),
+    ):
+        assert len(chosen) == heads
+        assert all((12 - sum(u.layer == layer for u in chosen)) % multiple == 0 for layer in range(3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_near_the_best_counts_and_heads(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    matrix = factor @ factor.T
+
+    def value(chosen: tuple[int, ...]) -> float:
+        return float(matrix[list(chosen)][:, list(chosen)].sum())
+
+    found = value(tuple(u.index[0] for u in by_matrix(units(2, 4), matrix, Budget(heads=2, keep=1, multiple=2))))
+    pairs = [pair for pair in combinations(range(8), 2) if pair[0] // 4 == pair[1] // 4]
+    assert found <= sorted(map(value, pairs))[2]
+
+
+def test_a_layer_between_two_multiples_goes_down_to_the_next_one() -> None:
+    candidates = [*units(1, 5), *[Unit(layer=1, heads=(h,), index=(5 + h,)) for h in range(4)]]
+    costs = [9.0] * 5 + [1.0] * 4
+    chosen = by_cost(candidates, costs, Budget(heads=3, keep=1, multiple=2))
+    assert [u.layer for u in chosen] == [0, 1, 1]
+
+
+def test_a_multiple_that_kv_groups_cannot_make_is_refused() -> None:
+    with pytest.raises(PlanError, match="layer 0 cannot keep a multiple of 3 of its 8 query heads"):
+        by_cost(units(1, 2, size=4), [1.0, 2.0], Budget(heads=4, keep=1, multiple=3))
+    with pytest.raises(PlanError, match="10 of 12 query heads should go, but only 6 can"):
+        by_cost(units(1, 12), [1.0] * 12, Budget(heads=10, keep=5, multiple=6))

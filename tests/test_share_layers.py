@@ -95,7 +95,7 @@ def test_cross_moments_are_of_real_tokens() -> None:
     assert torch.allclose(cross[1][:, -1], own[1][-1])
 
 
-@pytest.mark.parametrize(("options", "saved"), zip(HOWS, (0, 4 * WIDTH - 30, 2 * WIDTH, 2 * WIDTH), strict=True))
+@pytest.mark.parametrize(("options", "saved"), list(zip(HOWS, (0, 4 * WIDTH - 30, 2 * WIDTH, 2 * WIDTH), strict=True)))
 def test_nothing_dead_is_left(options: dict[str, Any], saved: int) -> None:
     view, teacher, _ = share("bert", **options, refit=False)
     inputs = make_inputs("bert")

@@ -176,7 +176,7 @@ def test_set_output_refuses_a_bias_that_the_layer_does_not_have() -> None:
     layer = ModelView.of(make_model("llama")).attention[0]
     weights = layer.read()
     with pytest.raises(SurgeryError, match="a bias is given"):
-        surgery.set_output(layer, weights.output, torch.zeros(weights.output.shape[0]))
+        surgery.set_output(layer, weights.output.flatten(1), torch.zeros(weights.output.shape[0]))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -33,12 +34,9 @@ class CrossSums:
         """Add what the model computes of a batch while the block runs."""
         inputs: dict[int, torch.Tensor] = {}
 
-        def see(layer: int, tensor: torch.Tensor) -> None:
-            inputs[layer] = tensor
-
         with ExitStack() as stack:
             for layer in sorted({*self._pairs, *self._pairs.values()}):
-                stack.enter_context(view.attention[layer].watch_input(lambda x, layer=layer: see(layer, x)))
+                stack.enter_context(view.attention[layer].watch_input(partial(inputs.__setitem__, layer)))
             yield
         for layer, owner in self._pairs.items():
             family = view.attention[layer].family

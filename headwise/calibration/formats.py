@@ -28,19 +28,21 @@ class Grid:
         largest: code that the largest magnitude is mapped to.
         lowest: smallest code, for integers.
         block: inputs per scale that the format prescribes; None leaves the choice.
+        bits: of a code in the graph.
     """
 
     dtype: np.dtype[Any]
     largest: float
     lowest: int | None = None
     block: int | None = None
+    bits: int = 8
 
 
 GRIDS: Mapping[Format, Grid] = {
     "int8": Grid(dtype=np.dtype(np.int8), largest=127, lowest=-128),
     "fp8": Grid(dtype=np.dtype(ml_dtypes.float8_e4m3fn), largest=448),
-    "int4": Grid(dtype=np.dtype(ml_dtypes.int4), largest=7, lowest=-8),
-    "nvfp4": Grid(dtype=np.dtype(ml_dtypes.float4_e2m1fn), largest=6, block=16),
+    "int4": Grid(dtype=np.dtype(ml_dtypes.int4), largest=7, lowest=-8, bits=4),
+    "nvfp4": Grid(dtype=np.dtype(ml_dtypes.float4_e2m1fn), largest=6, block=16, bits=4),
     "mxfp8": Grid(dtype=np.dtype(ml_dtypes.float8_e4m3fn), largest=448, block=32),
 }
 _SCALE_GRID = np.dtype(ml_dtypes.float8_e4m3fn)

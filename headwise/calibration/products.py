@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from headwise.calibration.formats import decode, encode, input_scale
 from headwise.model.quantization import MatrixPlan
 
 Array = NDArray[Any]
+ReadInput = Callable[[Array, MatrixPlan, np.dtype[Any]], Array]
+"""What a product of some runtime reads of its input: (tokens, plan, dtype of the graph) -> tokens."""
 
 
 def quantized_input(rows: Array, plan: MatrixPlan, dtype: np.dtype[Any]) -> Array:

@@ -1,4 +1,4 @@
-"""What calibration sees of activation tensors: ranges, channels, and a sample of tokens. Padding is left out.
+"""What calibration sees of activation tensors: ranges, channels, and a sample of tokens.
 
 Shape letters: B batch rows, T tokens, K channels of a tensor, R tokens in a sample.
 """
@@ -41,10 +41,12 @@ class Tap:
     Attributes:
         name: of the tensor.
         dims: names or sizes of its axes; ``batch`` and ``sequence`` say where padding can be.
+        heads: the axes are (B, N, T, H), and the channels are those of all heads side by side.
     """
 
     name: str
     dims: tuple[int | str, ...]
+    heads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +59,7 @@ class Observed:
         magnitude: (K,) mean magnitude.
         histogram: of the magnitudes of the whole tensor.
         rows: (R, K) float32, a sample of tokens that does not depend on how they were batched.
-        moment: (K, K) float64 mean of ``x x^T``; None where nobody asked.
+        moment: (K, K) float32 mean of ``x x^T``; None where nobody asked.
     """
 
     tokens: int
@@ -75,7 +77,7 @@ def collect_ranges(
     *,
     rows: int = 1024,
     moments: Collection[str] = (),
-    smooth: Mapping[str, tuple[int, ...]] | None = None,
+    padding: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> dict[str, Observed]:
@@ -87,8 +89,9 @@ def collect_ranges(
         taps: the tensors.
         rows: tokens of each tensor to keep.
         moments: taps whose second moment is wanted.
-        smooth: tap -> exponents; its channels are multiplied by ``2 ** -exponent`` before anybody looks.
-        batch_size: samples per batch; results do not depend on it beyond the rounding of ``magnitude`` and ``moment``.
+        padding: count padding as well: a range that is taken anew in every call is one of everything in the batch.
+        batch_size: samples per batch; without padding results do not depend on it beyond the rounding of
+            ``magnitude`` and ``moment``.
         progress: called with the number of samples of every finished batch.
 
     Raises:
@@ -98,9 +101,7 @@ def collect_ranges(
     for batch in examples.batches(batch_size):
         found = run(batch.inputs)
         for name, total in sums.items():
-            tokens, keys = _tokens(found[name], total.tap, batch)
-            if smooth is not None and name in smooth:
-                tokens = np.ldexp(tokens, -np.asarray(smooth[name]))
+            tokens, keys = _tokens(found[name], total.tap, batch, padding=padding)
             if not np.isfinite(tokens).all():
                 raise DataError(
                     f"the activation {name} is not finite on the calibration samples",
@@ -149,16 +150,18 @@ class _Sums:
             magnitude=self.magnitude / self.tokens,
             histogram=self.histogram,
             rows=self.rows[np.argsort(self.keys, kind="stable")],
-            moment=self.square / self.tokens if self.moment else None,
+            moment=(self.square / self.tokens).astype(np.float32) if self.moment else None,
         )
 
 
-def _tokens(array: Array, tap: Tap, batch: Batch) -> tuple[Array, Array]:
-    """(n, K) float32 real tokens, and for each a pseudo-random key that only depends on its sample and position."""
+def _tokens(array: Array, tap: Tap, batch: Batch, *, padding: bool) -> tuple[Array, Array]:
+    """(n, K) float32 tokens, and for each a pseudo-random key that only depends on its sample and position."""
     values = np.asarray(array, np.float32)
+    if tap.heads:
+        values = values.swapaxes(1, 2).reshape(values.shape[0], values.shape[2], -1)
     width, lead = values.shape[-1], values.shape[:-1]
     row = (batch.samples[:, None] * batch.per_sample + np.arange(batch.per_sample)).ravel()
-    mask = batch.valid()
+    mask = None if padding else batch.valid()
     swapped = tap.dims[:2] == ("sequence", "batch")
     if mask is not None and swapped and lead == mask.shape[::-1]:
         values, lead = values.swapaxes(0, 1), mask.shape

@@ -1,9 +1,9 @@
 """Which part of the keys stays rotary when the rest goes through a latent.
 
 A pair of key coordinates is one complex number that its position turns by an angle. Across heads and frequencies, keys
-are a vector of such numbers; any change of basis that mixes numbers of one frequency leaves scores as they are if queries
-follow. Principal components in such a basis are kept rotary, the others lose their rotation (arXiv 2502.07864). Without
-a change of basis, pairs of every head are kept as they are (arXiv 2502.14837).
+are a vector of such numbers; any change of basis that mixes numbers of one frequency leaves scores as they are if
+queries follow. Principal components in such a basis are kept rotary, the others lose their rotation (arXiv
+2502.07864). Without a change of basis, pairs of every head are kept as they are (arXiv 2502.14837).
 
 Shape letters: K kv heads, H head_dim, F pairs of a head that positions turn, D input width, C components, R = 2 * kept.
 """

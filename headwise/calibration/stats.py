@@ -1,4 +1,4 @@
-"""Statistics of the attention heads, all of them collected in one run over the calibration data.
+"""Statistics of heads and neurons, collected in one run over the calibration data, or two where means come first.
 
 Shape letters: B batch rows, T tokens, D model width, N query heads of a layer, H head_dim, M heads of all layers.
 """
@@ -15,16 +15,22 @@ import torch
 
 from headwise.calibration.cross import CrossSums
 from headwise.calibration.maps import MapSums
+from headwise.calibration.neurons import NeuronSums
+from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
+from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
+from headwise.calibration.units import Draws, Means, unit_gradients
+from headwise.calibration.work import count_work
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
+from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 Progress = Callable[[int], None]
 
 
 class Stat(StrEnum):
-    """What can be measured about heads; passes name the ones that they need."""
+    """What can be measured about heads and neurons; passes name the ones that they need."""
 
     CONTRIBUTION = "contribution"
     """Per layer (N,): mean over tokens of the L1 norm of the head's part of the layer output (arXiv 2504.21174)."""
@@ -39,8 +45,8 @@ class Stat(StrEnum):
     """The same for the input of queries, which is another sequence where a decoder attends to an encoder."""
 
     CROSS_MOMENT = "cross-moment"
-    """Per layer (D + 1, D + 1): mean of ``x y^T``, y = the same of the earlier layer that ``pairs`` names for it; without
-    entries where there is none."""
+    """Per layer (D + 1, D + 1): mean of ``x y^T``, y = the same of the earlier layer that ``pairs`` names for it;
+    without entries where there is none."""
 
     MAP_SIMILARITY = "map-similarity"
     """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
@@ -48,6 +54,23 @@ class Stat(StrEnum):
     EXCHANGE_COST = "exchange-cost"
     """Per layer (N, N): entry (i, j) is the mean over tokens of the squared change of the layer output when head i uses
     the attention weights of head j."""
+
+    NEURON_MEAN = "neuron-mean"
+    """Per MLP (F,): mean over tokens of what a neuron gives."""
+
+    NEURON_SIZE = "neuron-size"
+    """Per MLP (F,): mean over tokens of the absolute value of what a neuron gives."""
+
+    MACS = "macs"
+    """Multiply-accumulates for one sample: of one unit of heads of every attention layer, of one neuron of every MLP,
+    and (1,) of the whole model; see ``calibration.work``."""
+
+    UNIT_FISHER = "unit-fisher"
+    """Per attention layer (N, N), then per MLP (F,): mean product of a sample's gradients of the loss with respect to
+    gates that put means in place of heads and neurons, see ``calibration.units``. Needs labels."""
+
+    UNIT_GAUSS_NEWTON = "unit-gauss-newton"
+    """The same shapes: E[J^T J] of the label-free signal, by Hutchinson draws."""
 
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
@@ -59,6 +82,8 @@ class Stat(StrEnum):
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
 WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
 MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
+NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
+UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +114,10 @@ def collect(
     draws: int = 4,
     seed: int = 0,
     pairs: Mapping[int, int] | None = None,
+    sequence: int | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
-    """Run the model once over ``examples`` and keep what ``needs`` asks for.
+    """Run the model over ``examples`` and keep what ``needs`` asks for.
 
     Args:
         view: the model; its weights are not changed.
@@ -99,21 +125,45 @@ def collect(
         examples: calibration samples.
         needs: the statistics to collect.
         batch_size: samples per batch; results do not depend on it beyond rounding.
-        draws: random projections of the signal per sample for ``GAUSS_NEWTON``.
+        draws: random projections of the signal per sample for Gauss-Newton statistics.
         seed: seed of these projections.
+        sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
         pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
-        progress: called with the number of samples of every finished batch.
+        progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
         DataError: a statistic is not finite on these data.
     """
-    sums = _Sums(view, frozenset(needs), draws, seed)
+    asked = frozenset(needs)
+    units = asked & UNITS
+    sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
     sums.cross = CrossSums(pairs or {})
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
-        if progress is not None:
+        if progress is not None and not units:
             progress(len(batch.samples))
-    return sums.result(len(examples), examples.digest)
+    values = sums.values(len(examples))
+    if units:
+        means = Means(heads=values[Stat.HEAD_MEAN], neurons=values[Stat.NEURON_MEAN])
+        for stat in sorted(units):
+            chosen = Draws(count=draws, seed=seed) if stat == Stat.UNIT_GAUSS_NEWTON else None
+            values[stat] = unit_gradients(view, task, examples, means, chosen, batch_size=batch_size, progress=progress)
+    if Stat.MACS in asked:
+        work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
+        values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
+    return _checked(HeadStats(values=values, samples=len(examples), digest=examples.digest))
+
+
+def _checked(stats: HeadStats) -> HeadStats:
+    for stat, tensors in stats.values.items():
+        for index, tensor in enumerate(tensors):
+            if not torch.isfinite(tensor).all():
+                raise DataError(
+                    f"the statistic {stat} of layer {index} is not finite",
+                    expected="finite head outputs and neurons on every calibration sample",
+                    fix="look for broken samples in the calibration data, or for a model that overflows",
+                )
+    return stats
 
 
 class _Sums:
@@ -134,6 +184,7 @@ class _Sums:
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
         self.cross = CrossSums({})
+        self.neurons = NeuronSums(view)
         self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
@@ -143,12 +194,14 @@ class _Sums:
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
             stack.enter_context(self.cross.watched(self.view, batch))
+            if self.needs & NEURONS:
+                stack.enter_context(self.neurons.watched(batch))
             for layer in self.view.attention:
                 family = layer.family
-                mask = None if family.patches else _mask(batch, decoder=family.decoder)
+                mask = valid_mask(batch, family)
                 stack.enter_context(self._watched(layer, mask))
                 if self.needs & MOMENTS:
-                    keys = None if family.patches else _mask(batch, decoder=family.decoder and not family.cross)
+                    keys = valid_key_mask(batch, family)
                     stack.enter_context(layer.watch_input(partial(_add_moment, self.moments, layer.index, keys)))
                 if Stat.QUERY_MOMENT in self.needs and family.cross:
                     add = partial(_add_moment, self.query_moments, layer.index, mask)
@@ -168,7 +221,7 @@ class _Sums:
     @contextmanager
     def _watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
         def see(heads: torch.Tensor) -> None:
-            tokens = _valid(heads.detach(), mask)
+            tokens = valid_tokens(heads.detach(), mask)
             self.tokens[layer.index] += len(tokens)
             if Stat.HEAD_MEAN in self.needs:
                 self.mean[layer.index] += tokens.double().sum(0)
@@ -192,7 +245,8 @@ class _Sums:
             gradient = self._gate_gradient((signal * projection).sum(), gates)
             self.gauss_newton += gradient.T @ gradient / self.draws
 
-    def result(self, samples: int, digest: str) -> HeadStats:
+    def values(self, samples: int) -> dict[Stat, tuple[torch.Tensor, ...]]:
+        """The statistics over so many samples."""
         for layer in self.view.attention:
             if not self.tokens[layer.index]:
                 raise did_not_run(layer)
@@ -201,6 +255,10 @@ class _Sums:
             every[Stat.CONTRIBUTION] = tuple(s / n for s, n in zip(self.contribution, self.tokens, strict=True))
         if Stat.HEAD_MEAN in self.needs:
             every[Stat.HEAD_MEAN] = tuple(s / n for s, n in zip(self.mean, self.tokens, strict=True))
+        if Stat.NEURON_MEAN in self.needs:
+            every[Stat.NEURON_MEAN] = self.neurons.mean()
+        if Stat.NEURON_SIZE in self.needs:
+            every[Stat.NEURON_SIZE] = self.neurons.size()
         for stat, moments in (
             (Stat.INPUT_MOMENT, self.moments),
             (Stat.QUERY_MOMENT, self.moments | self.query_moments),
@@ -219,37 +277,19 @@ class _Sums:
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
-        for stat, tensors in every.items():
-            for index, tensor in enumerate(tensors):
-                if not torch.isfinite(tensor).all():
-                    raise DataError(
-                        f"the statistic {stat} of layer {index} is not finite",
-                        expected="finite head outputs on every calibration sample",
-                        fix="look for broken samples in the calibration data, or for a model that overflows",
-                    )
-        return HeadStats(values=every, samples=samples, digest=digest)
+        return every
 
 
-def did_not_run(layer: AttentionView) -> DataError:
+def did_not_run(layer: AttentionView | MlpView) -> DataError:
     """The error for a layer that no sample reached."""
     return DataError(
         f"layer {layer.index} ({layer.path}) did not run",
-        expected="an attention layer that every sample passes through",
+        expected="a layer that every sample passes through",
         fix="exclude the layer, or feed the inputs that reach it",
     )
 
 
-def _mask(batch: Batch, *, decoder: bool) -> torch.Tensor | None:
-    valid = batch.valid(decoder=decoder)
-    return None if valid is None else torch.as_tensor(valid)
-
-
 def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-    tokens = _valid(inputs.detach(), mask).double()
+    tokens = valid_tokens(inputs.detach(), mask).double()
     tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
     moments[index] = moments.get(index, 0) + tokens.T @ tokens
-
-
-def _valid(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, ...) -> (tokens, ...), without padding where the mask speaks about these tokens."""
-    return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.calibration.refit import OutputFit, _error, _observe, _solve, _tokens
+from headwise.calibration.refit import OutputFit, error, observe, solve, target
 from headwise.calibration.tasks import Examples
+from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
 from headwise.model.forward import to_torch
-from headwise.model.surgery import ValueHeads, other_values
-from headwise.model.view import ModelView, Projections
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import ValueHeads
+from headwise.model.surgery import other_values
+from headwise.model.view import ModelView
 
 _STEPS = 50
 _CLOSE = 1e-8
@@ -71,15 +74,12 @@ def fit_values(
     problem = _Problem(old, kvs=len(missed.weight), ridge=ridge)
     for batch in examples.batches(batch_size):
         inputs = to_torch(batch.inputs)
-        own, _, residual = _observe(student, ours, inputs)
+        own = observe(student, ours, inputs)
         with other_values(ours, missed):
-            taken, _, _ = _observe(student, ours, inputs)
-        _, target, original = _observe(teacher, theirs, inputs)
-        if ours.residual and ours.direct and residual.shape == target.shape:
-            target = target + original - residual
-        valid = None if ours.family.patches else batch.valid(decoder=ours.family.decoder)
-        keep = None if valid is None or valid.shape != tuple(target.shape[:2]) else torch.as_tensor(valid)
-        problem.add(*(_tokens(part.flatten(2), keep) for part in (own, taken, target)))
+            taken = observe(student, ours, inputs).features
+        wanted = target(ours, own, observe(teacher, theirs, inputs))
+        mask = valid_mask(batch, ours.family)
+        problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
         if progress is not None:
             progress(len(batch.samples))
     if problem.tokens < len(problem.gram):
@@ -93,7 +93,7 @@ def fit_values(
     for _ in range(rounds):
         problem.solve_values()
         problem.solve_output()
-    weight = problem.rows[: problem.features].T.unflatten(1, old.output.shape[1:])
+    weight = problem.rows[: problem.features].T
     return ValueFit(
         values=ValueHeads(weight=old.value, bias=old.value_bias).plus(problem.taken, missed),
         output=OutputFit(
@@ -144,7 +144,7 @@ class _Problem:
 
     def error(self) -> float:
         """Squared error relative to the target's energy."""
-        return _error(self.gram, self.cross, self.energy, self._spread() @ self.rows)
+        return error(self.gram, self.cross, self.energy, self._spread() @ self.rows)
 
     def solve_output(self) -> None:
         """The best output projection for the value heads as they are."""
@@ -153,7 +153,7 @@ class _Problem:
         scale = float(gram.diagonal()[: self.features].mean())
         self.scale = self.scale or scale
         ridge = self.ridge * self.scale / scale
-        self.rows = _solve(gram, cross, self.first, ridge, constant=bool(self.constant))
+        self.rows = solve(gram, cross, self.first, ridge, constant=bool(self.constant))
 
     def solve_values(self) -> None:
         """The best value heads for the output projection as it is, by conjugate gradients."""

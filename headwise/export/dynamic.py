@@ -13,13 +13,16 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from headwise.export.matrices import Product, products
+from headwise.export.edits import drop_unused, insert_before
+from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import check_graph
-from headwise.export.quantize import correct_biases, drop_unused, insert_before, smooth
+from headwise.export.quantize import correct_biases
 from headwise.model.quantization import Codes, QuantPlan
 
+_REPLACED = frozenset({"MatMul", "Gemm", "Gather"})
 
-def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, Codes]) -> int:
+
+def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, Codes]) -> None:
     """Write an fp32 graph whose quantized matrices multiply in int8.
 
     Args:
@@ -28,32 +31,46 @@ def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, 
         plan: which matrices; they all are in int8 with one scale per output.
         codes: of every quantized matrix.
 
-    Returns:
-        The number of explicit scales in front of matrices.
-
     Raises:
         ExportError: the result is not valid.
     """
     model = onnx.load(str(source))
-    added = smooth(model, plan)
     correct_biases(model, codes)
     graph = model.graph
     before: dict[str, list[NodeProto]] = {}
     inputs: dict[str, tuple[str, str, str]] = {}
-    planned = plan.quantized()
+    planned, tables = plan.quantized(), {entry.name for entry in plan.tables if entry.format is not None}
+    rows = [(name, node) for name, node in lookups(graph) if name in tables]
     for product in products(graph):
         if product.name in planned:
             nodes = before.setdefault(product.node.output[0], [])
             nodes += _integer_product(graph, product, codes[product.name], inputs)
+    for name, lookup in rows:
+        before[lookup.output[0]] = _stored_rows(graph, name, lookup, codes[name])
     gone = set(before)
     insert_before(graph, before)
-    kept = [node for node in graph.node if not (node.op_type in ("MatMul", "Gemm") and node.output[0] in gone)]
+    kept = [node for node in graph.node if not (node.op_type in _REPLACED and node.output[0] in gone)]
     del graph.node[:]
     graph.node.extend(kept)
     drop_unused(graph)
     check_graph(model, "the int8 graph", fix="report this with the recipe: it is a bug in headwise")
     onnx.save(model, str(dst))
-    return added
+
+
+def _stored_rows(graph: onnx.GraphProto, name: str, node: NodeProto, codes: Codes) -> list[NodeProto]:
+    """Nodes that look up codes and scales and decode the rows that were found, and no others."""
+    stem, output = f"{name}.int8", node.output[0]
+    constants = {f"{stem}_rows": codes.values.T, f"{stem}_scale": codes.scale.astype(np.float32)[:, None]}
+    graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in constants.items()
+    )
+    rows, scale = constants
+    return [
+        helper.make_node("Gather", [rows, node.input[1]], [f"{stem}_found"], name=f"{stem}_found"),
+        helper.make_node("Gather", [scale, node.input[1]], [f"{stem}_scales"], name=f"{stem}_scales"),
+        helper.make_node("Cast", [f"{stem}_found"], [f"{stem}_float"], name=f"{stem}_float", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{stem}_float", f"{stem}_scales"], [output], name=node.name),
+    ]
 
 
 def _integer_product(

@@ -21,6 +21,9 @@ from headwise.model.quantization import Matrix
 
 Array = NDArray[Any]
 
+_SMALLEST_TABLE = 4096
+"""Elements; what has fewer, such as the biases of relative positions, is not worth its rounding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
@@ -98,6 +101,41 @@ def find_matrices(path: Path) -> tuple[Matrix, ...]:
             fix="leave quantize out of the recipe",
         )
     return tuple(matrices)
+
+
+def lookups(graph: onnx.GraphProto) -> list[tuple[str, NodeProto]]:
+    """The name of every large constant table that one ``Gather`` and nothing else reads, and this node.
+
+    A table has the path of its module as name, with a number where that is the name of a matrix already.
+    """
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    readers = _readers(graph)
+    seen = Counter(product.name for product in products(graph))
+    found = []
+    for node in graph.node:
+        axis = next((item.i for item in node.attribute if item.name == "axis"), 0)
+        dims = sizes.get(node.input[0], ()) if node.op_type == "Gather" else ()
+        if len(dims) == 2 and axis == 0 and dims[0] * dims[1] >= _SMALLEST_TABLE and len(readers[node.input[0]]) == 1:
+            path = module_path(node) or node.input[0]
+            seen[path] += 1
+            found.append((path if seen[path] == 1 else f"{path}.{seen[path]}", node))
+    return found
+
+
+def find_tables(path: Path) -> tuple[Matrix, ...]:
+    """The embedding tables of an fp32 graph, each as (width, rows)."""
+    graph = onnx.load(str(path)).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    return tuple(
+        Matrix(
+            name=name,
+            node=node.name,
+            tap=node.input[1],
+            weight=np.asarray(numpy_helper.to_array(constants[node.input[0]]), np.float32).T,
+            biased=False,
+        )
+        for name, node in lookups(graph)
+    )
 
 
 def find_taps(path: Path, names: Collection[str]) -> tuple[Tap, ...]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS, input_scale
-from headwise.export.matrices import Product, products
+from headwise.export.edits import drop_unused, insert_before
+from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import Precision, check_graph, to_precision
 from headwise.model.quantization import Codes, Format, MatrixPlan, QuantPlan, scheme
 
@@ -30,6 +31,9 @@ SCALE_DTYPES: Mapping[Precision, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 """Scales have the type of the graph: DequantizeLinear writes what its scale is."""
+TRT, MXFP8_DECODE = "trt", "TRT_MXFP8DequantizeLinear"
+"""ONNX has no scales that are powers of two only; TensorRT has a node of its own for them."""
+_E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +67,10 @@ class QuantizedGraph:
     Attributes:
         bytes: size of the file.
         promises: one per quantized matrix.
-        multiplications: explicit scales in front of matrices that could not be folded away.
     """
 
     bytes: int
     promises: tuple[Promise, ...]
-    multiplications: int
 
 
 def write_quantized(
@@ -94,53 +96,23 @@ def write_quantized(
         ExportError: the graph cannot be converted, or the result is not valid.
     """
     model = onnx.load(str(source))
-    added = smooth(model, plan)
     correct_biases(model, codes)
     model = to_precision(model, precision, keep_io=keep_io)
     writer = _Writer(model.graph, SCALE_DTYPES[precision])
-    planned = plan.quantized()
+    planned, tables = plan.quantized(), {entry.name: entry for entry in plan.tables if entry.format is not None}
+    rows = [(name, node) for name, node in lookups(model.graph) if name in tables]
     promises = [
         writer.quantize(product, planned[product.name], codes[product.name])
         for product in products(model.graph)
         if product.name in planned
     ]
+    promises += [writer.store(name, node, tables[name], codes[name]) for name, node in rows]
     writer.finish()
+    if any(entry.format == "mxfp8" for entry in planned.values()):
+        model.opset_import.append(helper.make_opsetid(TRT, 1))
     check_graph(model, "the quantized graph", fix="report this with the recipe: it is a bug in headwise")
     onnx.save(model, str(dst))
-    return QuantizedGraph(bytes=dst.stat().st_size, promises=tuple(promises), multiplications=added)
-
-
-def smooth(model: onnx.ModelProto, plan: QuantPlan) -> int:
-    """Scale channels of activations and the weights behind them, in place, without a change to the outputs.
-
-    Returns:
-        The number of multiplications that were added.
-    """
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    planned = plan.quantized()
-    before: dict[str, list[NodeProto]] = {}
-    added: set[str] = set()
-    for product in products(graph):
-        tap = product.node.input[0]
-        if product.name not in planned or tap not in plan.smooth:
-            continue
-        exponents = np.asarray(plan.smooth[tap])
-        weight = numpy_helper.to_array(constants[product.weight])
-        scaled = np.ldexp(weight, exponents if product.transposed else exponents[:, None])
-        name = f"{product.weight}_{product.node.name}_smoothed"
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(scaled), name))
-        product.node.input[1] = name
-        if tap not in added:
-            added.add(tap)
-            factor = numpy_helper.from_array(np.ldexp(np.float32(1), -exponents).astype(np.float32), f"{tap}_factor")
-            graph.initializer.append(factor)
-            node = helper.make_node("Mul", [tap, factor.name], [f"{tap}_smoothed"], name=f"{tap}_smooth")
-            before[product.node.output[0]] = [node]
-        product.node.input[0] = f"{tap}_smoothed"
-    insert_before(graph, before)
-    drop_unused(graph)
-    return len(added)
+    return QuantizedGraph(bytes=dst.stat().st_size, promises=tuple(promises))
 
 
 def correct_biases(model: onnx.ModelProto, codes: Mapping[str, Codes]) -> None:
@@ -169,7 +141,7 @@ class _Writer:
         if plan.input_largest is not None:
             product.node.input[0] = self._input(product.node.input[0], plan, nodes)
         assert plan.format is not None, "only quantized matrices come here"
-        product.node.input[1] = self._weight(product, plan, codes, nodes)
+        product.node.input[1] = self._weight(product.name, plan, codes, nodes, transposed=product.transposed)
         return Promise(
             matrix=product.name,
             node=product.node.name,
@@ -177,6 +149,13 @@ class _Writer:
             format=plan.format,
             weights_only=plan.input_largest is None,
         )
+
+    def store(self, name: str, node: NodeProto, plan: MatrixPlan, codes: Codes) -> Promise:
+        """Replace the table that a node reads rows of by codes."""
+        nodes = self.before.setdefault(node.output[0], [])
+        assert plan.format is not None, "only quantized tables come here"
+        node.input[0] = self._weight(name, plan, codes, nodes, transposed=True)
+        return Promise(matrix=name, node=node.name, decode=nodes[-1].name, format=plan.format, weights_only=True)
 
     def finish(self) -> None:
         """Put the new nodes in place, and drop the weights that nobody reads any more."""
@@ -202,34 +181,39 @@ class _Writer:
     def _taken(self, tensor: str, number: str) -> bool:
         return any(known == (tensor, number) for known in (key[:2] for key in self.inputs))
 
-    def _weight(self, product: Product, plan: MatrixPlan, codes: Codes, nodes: list[NodeProto]) -> str:
-        stem = f"{product.name}.weight"
-        values, scale = codes.values, codes.scale.astype(self.dtype)
-        if product.transposed:
-            values, scale = values.T, scale.T
-        names = [self._constant(values, f"{stem}_codes"), self._constant(scale, f"{stem}_scale")]
-        node = helper.make_node("DequantizeLinear", names, [f"{stem}_values"], name=f"{stem}_dq")
-        outputs = 0 if product.transposed else 1
-        attributes = {"axis": outputs} if plan.block is None else {"axis": 1 - outputs, "block_size": plan.block}
+    def _weight(self, name: str, plan: MatrixPlan, codes: Codes, nodes: list[NodeProto], *, transposed: bool) -> str:
+        stem = f"{name}.weight"
+        inputs = 1 if transposed else 0
+        values, scale = (codes.values.T, codes.scale.T) if transposed else (codes.values, codes.scale)
+        coded = self._constant(values, f"{stem}_codes")
+        if plan.format == "mxfp8":
+            exponents = (np.rint(np.log2(scale)) + _E8M0_BIAS).astype(np.uint8)
+            node = helper.make_node(
+                MXFP8_DECODE, [coded, self._constant(exponents, f"{stem}_scale")], [f"{stem}_values"], domain=TRT
+            )
+            attributes = {"axis": inputs, "block_size": plan.block, "output_dtype": _onnx_type(self.dtype)}
+        else:
+            node = helper.make_node("DequantizeLinear", [coded, self._scale(stem, plan, codes, scale, nodes)], [])
+            node.output.append(f"{stem}_values")
+            attributes = {"axis": 1 - inputs} if plan.block is None else {"axis": inputs, "block_size": plan.block}
+        node.name = f"{stem}_dq"
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
         nodes.append(node)
         return str(node.output[0])
 
+    def _scale(self, stem: str, plan: MatrixPlan, codes: Codes, scale: Array, nodes: list[NodeProto]) -> str:
+        """The scales as a constant; those of nvfp4 are themselves fp8 codes with one scale."""
+        if plan.format != "nvfp4":
+            return self._constant(scale.astype(self.dtype), f"{stem}_scale")
+        coded = self._constant(scale.astype(GRIDS["fp8"].dtype), f"{stem}_scale_codes")
+        shared = self._constant(np.asarray(codes.shared).astype(self.dtype), f"{stem}_scale_scale")
+        nodes.append(helper.make_node("DequantizeLinear", [coded, shared], [f"{stem}_scale"], name=f"{stem}_scale_dq"))
+        return f"{stem}_scale"
+
     def _constant(self, value: Array, name: str) -> str:
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.graph.initializer.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
 
-def insert_before(graph: onnx.GraphProto, before: Mapping[str, list[NodeProto]]) -> None:
-    """Put nodes in front of those that read them, which are named by their first output."""
-    ordered = [node for old in graph.node for node in (*before.get(old.output[0], ()), old)]
-    del graph.node[:]
-    graph.node.extend(ordered)
-
-
-def drop_unused(graph: onnx.GraphProto) -> None:
-    """Drop constants that no node reads."""
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+def _onnx_type(dtype: np.dtype[Any]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(dtype))

@@ -41,6 +41,10 @@ _FIRST: Mapping[str, tuple[int, str]] = {
     "int4-weights": (80, "int4 weights begin with Ampere"),
     "nvfp4-weights": (120, "fp4 begins with Blackwell"),
     "mxfp8-weights": (89, "fp8 begins with Ada"),
+    "int8-kv": (75, ""),
+    "int8-table": (75, ""),
+    "int4-table": (80, "int4 weights begin with Ampere"),
+    "fp8-kv": (89, "fp8 begins with Ada"),
 }
 
 
@@ -125,7 +129,7 @@ def check_target(target: Target, precision: str, schemes: Collection[str] = ()) 
 
 def _check_cpu(schemes: Collection[str]) -> None:
     """ONNX Runtime multiplies faster than in fp32 only where weights and activations are both in int8."""
-    for scheme in sorted(set(schemes) - {"int8"}):
+    for scheme in sorted(set(schemes) - {"int8", "int8-kv", "int8-table"}):
         raise TargetError(
             f"target {CPU} gains nothing from {scheme}",
             expected="int8 weights and activations",

@@ -107,7 +107,7 @@ class Verdict:
         outcome: the decision.
         difference: candidate against reference in the metric's unit, positive is worse; NaN where there is none.
         interval: of the difference; (NaN, NaN) where there is none.
-        limit: the largest difference that passes.
+        limit: the largest difference that passes; NaN where the verdict is not about a difference.
         samples: how many it rests on.
         reason: in words.
     """
@@ -126,15 +126,26 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """Plain values; null where a number is missing."""
         plain = {name: getattr(self, name) for name in self.__slots__}
-        numbers = {"difference": _finite(self.difference), "interval": [_finite(end) for end in self.interval]}
+        numbers = {
+            "difference": _finite(self.difference),
+            "interval": [_finite(end) for end in self.interval],
+            "limit": _finite(self.limit),
+        }
         return {**plain, "outcome": self.outcome.value, **numbers}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
         """The inverse of ``to_json``."""
-        low, high = (math.nan if end is None else float(end) for end in values["interval"])
-        difference = math.nan if values["difference"] is None else float(values["difference"])
-        numbers = {"difference": difference, "interval": (low, high), "outcome": Outcome(values["outcome"])}
+        low, high, difference, limit = (
+            math.nan if number is None else float(number)
+            for number in (*values["interval"], values["difference"], values["limit"])
+        )
+        numbers = {
+            "difference": difference,
+            "interval": (low, high),
+            "limit": limit,
+            "outcome": Outcome(values["outcome"]),
+        }
         return cls(**{**values, **numbers})
 
 

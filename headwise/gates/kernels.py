@@ -14,6 +14,7 @@ GATE = "kernels"
 
 _TYPES: Mapping[Format, str] = {"int8": "Int8", "fp8": "FP8", "int4": "Int4", "nvfp4": "FP4E2M1", "mxfp8": "FP8"}
 """Formats by the names that builders give them."""
+_FLOATS = frozenset({"Half", "Float", "BFloat16"})
 
 
 def judge_kernels(listing: ListingSummary | None, promises: Sequence[Promise], stage: str) -> list[Verdict]:
@@ -37,7 +38,8 @@ def _judge(listing: ListingSummary | None, scheme: str, group: Sequence[Promise]
         broken = {promise.matrix: found for promise in group if (found := _broken(listing, promise))}
         missing = float(len(broken))
         outcome = Outcome.FAIL if broken else Outcome.PASS
-        reason = f"{len(group)} of {len(group)} as planned"
+        apart = sum(listing.products.get(promise.node) in _FLOATS for promise in group)
+        reason = f"{len(group)} of {len(group)} as planned" + (f", {apart} decoded by a kernel before" if apart else "")
         if broken:
             named = ", ".join(f"{matrix} ({found})" for matrix, found in list(broken.items())[:3])
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""

@@ -20,6 +20,8 @@ from headwise.gates.metrics import METRICS, find_metric
 Array = NDArray[Any]
 Progress = Callable[[int], None]
 
+SAMPLES = "samples.npz"
+"""Name of the file of per-sample results in an artifact of the kind ``measure``."""
 _ARRAYS = ("labels", "reference", "candidate")
 
 

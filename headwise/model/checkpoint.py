@@ -1,6 +1,6 @@
-"""Load checkpoints, also those whose layers differ in their head counts; ``saving.py`` writes them.
+"""Load checkpoints, also those whose layers differ in their heads or neurons; ``saving.py`` writes them.
 
-A saved directory holds ``model.safetensors`` and ``headwise.json`` (the layout by original head ids, and how to build
+A saved directory holds ``model.safetensors`` and ``headwise.json`` (the layout by original ids, and how to build
 the module). A transformers model also keeps its own files; where all layers are equal and the stock config can say so,
 plain ``AutoModel.from_pretrained`` loads the directory as well.
 """

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from headwise.errors import PlanError
 from headwise.model.latent_edits import LatentKV, ShareLayers, refuse_compressed
-from headwise.model.layout import AttentionLayout, Layout
+from headwise.model.layout import AttentionLayout, Layout, MlpLayout, from_ranges, ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +176,46 @@ class ClusterOnline:
         return cls(layer=int(data["layer"]), count=int(data["count"]))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropNeurons:
+    """Remove neurons of one MLP.
+
+    Attributes:
+        layer: index of the MLP.
+        neurons: original ids of the neurons to remove.
+    """
+
+    type: ClassVar[str] = "drop-neurons"
+    layer: int
+    neurons: tuple[int, ...]
+
+    def check(self, layout: MlpLayout) -> None:
+        """Raise PlanError unless the edit leaves an MLP that can run."""
+        unknown = sorted(set(self.neurons) - set(layout.neurons))
+        if unknown:
+            raise PlanError(
+                f"MLP {self.layer} has no neuron {unknown[0]}",
+                expected=f"one of {ranges(layout.neurons)}",
+                fix="plan on the layout that the model has now; neurons keep their original ids",
+            )
+        if len(set(self.neurons)) == len(layout.neurons):
+            raise PlanError(
+                f"MLP {self.layer} would keep 0 of {len(layout.neurons)} neurons",
+                expected="at least 1 neuron in every MLP",
+                fix="lower the ratio, or set scope: layer so that every layer gives the same share",
+            )
+
+    def apply(self, layout: MlpLayout) -> MlpLayout:
+        return layout.without(self.neurons)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, "layer": self.layer, "neurons": ranges(self.neurons)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DropNeurons:
+        return cls(layer=int(data["layer"]), neurons=from_ranges(data["neurons"]))
+
+
 def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
     """Raise PlanError for a layer in which not every head has queries, keys and values of its own."""
     refuse_compressed(layer, layout)
@@ -187,9 +227,9 @@ def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers
+Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | DropNeurons
 EDITS: Mapping[str, type[Edit]] = {
-    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers)
+    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers, DropNeurons)
 }
 
 
@@ -240,18 +280,20 @@ class EditPlan:
         return self._walk(layout, check=False)
 
     def _walk(self, layout: Layout, *, check: bool) -> Layout:
-        layers = list(layout.attention)
+        attention, mlp = list(layout.attention), list(layout.mlp)
         for edit in self.edits:
+            layers: list[Any] = mlp if isinstance(edit, DropNeurons) else attention
             if not 0 <= edit.layer < len(layers):
+                what = "MLP" if isinstance(edit, DropNeurons) else "layer"
                 raise PlanError(
-                    f"the plan edits layer {edit.layer}",
-                    expected=f"a layer from 0 to {len(layers) - 1}",
+                    f"the plan edits {what} {edit.layer}",
+                    expected=f"one from 0 to {len(layers) - 1}",
                     fix="plan on this model, not on another one",
                 )
             if check:
                 edit.check(layers[edit.layer])
             layers[edit.layer] = edit.apply(layers[edit.layer])
-        return replace(layout, attention=tuple(layers))
+        return replace(layout, attention=tuple(attention), mlp=tuple(mlp))
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()

@@ -137,9 +137,11 @@ class Lent(nn.Linear):
     """
 
     def __init__(self, like: nn.Linear, slot: Slot) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight, self.bias = like.weight, like.bias
+        weight = like.weight
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        super().__init__(like.in_features, like.out_features, bias=like.bias is not None, **place)
+        self.load_state_dict(like.state_dict())
+        self.requires_grad_(weight.requires_grad)
         self.slot = slot
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Multi-head latent attention of decoders: the cache holds one latent and one rotary key per token, nothing else.
 
-Shape letters: B batch, T query tokens, S key tokens, D model width, N query heads, K kv heads, H head_dim, r rank of the
-latent, P width of the part of a query that meets keys from the latent, R width of the part that meets rotary keys, M
-rotary keys per token: one that all heads share, or one per kv head.
+Shape letters: B batch, T query tokens, S key tokens, D model width, N query heads, K kv heads, H head_dim, r rank of
+the latent, P width of the part of a query that meets keys from the latent, R width of the part that meets rotary keys,
+M rotary keys per token: one that all heads share, or one per kv head.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def latent_form(name: Form) -> Iterator[None]:
     """Choose how latent attention computes while the block runs.
 
     ``unabsorbed`` computes keys and values of all heads from the latents: the least work for many query tokens.
-    ``absorbed`` moves that into queries and outputs, so that attention reads the latents as they are: the least work for
-    one query token and many latents. ``auto`` absorbs where one token is added to a cache.
+    ``absorbed`` moves that into queries and outputs, so that attention reads the latents as they are: the least work
+    for one query token and many latents. ``auto`` absorbs where one token is added to a cache.
     """
     token = _form.set(name)
     try:

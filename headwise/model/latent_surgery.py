@@ -18,7 +18,8 @@ from headwise.model.latent import LatentProjections, lend, read_from
 from headwise.model.latent_edits import LatentKV, ShareLayers
 from headwise.model.latent_swap import RotaryLatent, empty_swap, swap, swapped_twin
 from headwise.model.layout import AttentionLayout
-from headwise.model.view import AttentionView, ModelView, Projections
+from headwise.model.projections import Projections
+from headwise.model.view import AttentionView, ModelView
 from headwise.model.writing import write, written
 
 

@@ -43,16 +43,22 @@ class MlpView:
         index: position in ``ModelView.mlp``.
         path: dotted name of the block from the root of the model; ``block``: the block itself.
         record: where the block keeps its MLP.
-        transposed: weights are stored as (in, out).
+        family: the record of the block's attention; it says how weights are stored and which tokens there are.
+        runs: how often one forward of the model passes through it; its hooks see every run.
+        residual: whether it is known what the output is added to.
         layout: the neurons that it has; surgery sets it together with the weights.
     """
 
-    def __init__(self, index: int, path: str, block: nn.Module, family: Family, record: FeedForward) -> None:
+    def __init__(
+        self, index: int, path: str, block: nn.Module, family: Family, record: FeedForward, *, runs: int = 1
+    ) -> None:
         self.index = index
         self.path = path
         self.block = block
         self.record = record
-        self.transposed = family.transposed
+        self.family = family
+        self.runs = runs
+        self.residual = bool(record.residual)
         self.layout = self.count()
 
     @property
@@ -62,51 +68,56 @@ class MlpView:
         return tuple(".".join(filter(None, (self.path, name))) for name in names if name)
 
     @property
-    def down(self) -> nn.Module:
+    def output(self) -> nn.Module:
         """The projection out of the neurons; its input is what they give, (B, T, F)."""
         module = attribute(self.block, self.record.down)
         assert isinstance(module, nn.Module)
         return module
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The down projection as (D, F), and its bias."""
+        return matrix(self.output, transposed=self.family.transposed)
+
     def count(self) -> MlpLayout:
         """The layout that the weights have now, with neurons numbered by position."""
-        neurons = matrix(self.down, transposed=self.transposed)[0].shape[1]
+        neurons = self.linear()[0].shape[1]
         return MlpLayout(neurons=tuple(range(neurons)), width=neurons)
 
     def read(self) -> MlpWeights:
         """The MLP's weights; views of the stored ones where possible."""
-        up, up_bias = matrix(attribute(self.block, self.record.up), transposed=self.transposed)
+        up, up_bias = matrix(attribute(self.block, self.record.up), transposed=self.family.transposed)
         gate, gate_bias = None, None
         if self.record.fused:
             gate, up = up.chunk(2)
             gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
         elif self.record.gate:
-            gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.transposed)
-        down, down_bias = matrix(self.down, transposed=self.transposed)
+            gate, gate_bias = matrix(attribute(self.block, self.record.gate), transposed=self.family.transposed)
+        down, down_bias = self.linear()
         return MlpWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
 
     @contextmanager
-    def gate(self, scale: torch.Tensor) -> Iterator[None]:
+    def gate(self, scale: torch.Tensor, instead: torch.Tensor | None = None) -> Iterator[None]:
         """Scale what each neuron gives while the block runs.
 
         Args:
             scale: (F,), or (B, F) for one gate per sample. Zero is the exact twin of removing the neuron.
+            instead: (F,) what a closed neuron gives in place of zero.
         """
 
         def scaled(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             # Some blocks flatten samples and tokens before their MLP: (B * T, F).
             neurons = args[0]
-            if scale.dim() == 1:
-                return (neurons * scale, *args[1:])
-            per_row = neurons.unflatten(0, (len(scale), -1)) if neurons.dim() == 2 else neurons
-            return ((per_row * scale[:, None]).reshape(neurons.shape), *args[1:])
+            per_row = neurons.unflatten(0, (len(scale), -1)) if scale.dim() == 2 == neurons.dim() else neurons
+            gates = scale if scale.dim() == 1 else scale[:, None]
+            gated = per_row * gates if instead is None else instead + (per_row - instead) * gates
+            return (gated.reshape(neurons.shape), *args[1:])
 
-        with hooked(self.down.register_forward_pre_hook(scaled)):
+        with hooked(self.output.register_forward_pre_hook(scaled)):
             yield
 
     def watch_neurons(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with what the neurons give, (B, T, F), on every forward."""
-        return watched_input(self.down, see)
+        return watched_input(self.output, see)
 
     def watch_input(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the MLP's input, (B, T, D), on every forward."""
@@ -114,10 +125,10 @@ class MlpView:
 
     def watch_output(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the output of the down projection, (B, T, D)."""
-        return watched_output(self.down, see)
+        return watched_output(self.output, see)
 
     def watch_residual(self, see: See) -> AbstractContextManager[None]:
         """Call ``see`` with the residual stream that the output is added to, (B, T, D); never where there is none."""
-        if not self.record.residual:
+        if not self.residual:
             return nullcontext()
         return watched_input(attribute(self.block, self.record.residual), see)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 Format = Literal["int8", "fp8", "int4", "nvfp4", "mxfp8"]
@@ -78,22 +77,24 @@ class QuantPlan:
 
     Attributes:
         matrices: every matrix of the graph, in its order.
-        smooth: activation tensor -> one exponent per channel. The quantized readers of the tensor get its channels
-            multiplied by ``2 ** -exponent`` and their weights the inverse, which changes nothing: powers of two are
-            exact.
+        smooth: activation tensor -> one exponent per channel. Before anything else, its channels are multiplied by
+            ``2 ** -exponent`` and the weights behind it by the inverse, which changes nothing: powers of two are exact.
+        tables: embeddings, with a scale per row, or per block of a row.
     """
 
     matrices: tuple[MatrixPlan, ...]
     smooth: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tables: tuple[MatrixPlan, ...] = ()
 
     def quantized(self) -> dict[str, MatrixPlan]:
-        """The matrices that change, by name."""
+        """The matrices that change, by name; tables are not among them."""
         return {entry.name: entry for entry in self.matrices if entry.format is not None}
 
     def to_json(self) -> dict[str, Any]:
         return {
             "matrices": [entry.to_json() for entry in self.matrices],
             "smooth": {tap: list(exponents) for tap, exponents in self.smooth.items()},
+            "tables": [entry.to_json() for entry in self.tables],
         }
 
     @classmethod
@@ -101,6 +102,7 @@ class QuantPlan:
         return cls(
             matrices=tuple(MatrixPlan.from_json(entry) for entry in data["matrices"]),
             smooth={tap: tuple(exponents) for tap, exponents in data["smooth"].items()},
+            tables=tuple(MatrixPlan.from_json(entry) for entry in data["tables"]),
         )
 
 
@@ -119,8 +121,3 @@ class Codes:
     scale: Array
     shared: float = 1.0
     bias_delta: Array | None = None
-
-
-def smoothed(weight: Array, exponents: tuple[int, ...] | None) -> Array:
-    """(K, N) weights for an input whose channels are multiplied by ``2 ** -exponent``."""
-    return weight if exponents is None else np.ldexp(weight, np.asarray(exponents)[:, None])

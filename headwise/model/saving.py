@@ -1,4 +1,4 @@
-"""Save checkpoints, also those whose layers differ in their head counts."""
+"""Save checkpoints, also those whose layers differ in their heads or neurons."""
 
 from __future__ import annotations
 
@@ -55,43 +55,64 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
 
 def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
-    module, layout, counted = checkpoint.module, view.layout, stock_entries(view)
-    counts = [(len(v.layout.query), len(v.layout.kv)) for v in ModelView.of(fresh(module)).attention]
-    special = any(entry.clustered or entry.compressed for entry in layout.attention)
-    unchanged = not special and counts == [(len(entry.query), len(entry.kv)) for entry in layout.attention]
-    config = module.config
-    entries = {name: count(next(iter(layout.attention))) for name, count in counted.items()}
-    stock = unchanged or (uniform(layout.attention) and _accepts(config, entries) and handed_alike(view))
-    saved = copy.deepcopy(config)
-    if stock and not unchanged:
-        for name, count in entries.items():
-            setattr(saved, name, count)
+    module: Any = checkpoint.module
+    original = module.config
+    stock = _stock_config(view, module)
     try:
         # The layers keep the config that they share with the model.
-        module.config = saved
+        module.config = copy.deepcopy(original) if stock is None else stock
         # The original format renames weights in a way that only the stock loader undoes.
-        tensors = _stock_tensors(module) if stock else module.state_dict()
+        tensors = module.state_dict() if stock is None else _stock_tensors(module, stock)
         with quietly():
-            module.save_pretrained(  # type: ignore[operator]
-                str(folder), state_dict=tensors, save_original_format=stock
-            )
+            module.save_pretrained(str(folder), state_dict=tensors, save_original_format=stock is not None)
     finally:
-        module.config = config
+        module.config = original
     if checkpoint.folder is not None:
         _copy_companions(checkpoint.folder, folder)
-    return stock
+    return stock is not None
 
 
-def _stock_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def _stock_config(view: ModelView, module: nn.Module) -> Any:
+    """A config from which the stock class makes a model of these shapes; None where no config can say them."""
+    entries = _changed_entries(view, module)
+    if entries is None or (entries and not _accepts(module.config, entries)):
+        return None
+    config: Any = copy.deepcopy(module.config)
+    for name, count in entries.items():
+        setattr(config, name, count)
+    tensors = module.state_dict()
+    made = fresh(module, config).state_dict()
+    fits = all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in made.items())
+    return config if fits else None
+
+
+def _changed_entries(view: ModelView, module: nn.Module) -> dict[str, Any] | None:
+    """The entries of the config that have to change, with their new values; None where it has no such entries."""
+    layout, stock = view.layout, ModelView.of(fresh(module)).layout
+    heads, before = ([(len(entry.query), len(entry.kv)) for entry in which.attention] for which in (layout, stock))
+    widths, old_widths = ([len(entry.neurons) for entry in which.mlp] for which in (layout, stock))
+    entries: dict[str, Any] = {}
+    if heads != before or any(entry.clustered or entry.compressed for entry in layout.attention):
+        counted = stock_entries(view)
+        if not counted or not uniform(layout.attention) or not handed_alike(view):
+            return None
+        entries |= {name: count(layout.attention[0]) for name, count in counted.items()}
+    if widths != old_widths:
+        sizes = {mlp.record.size for mlp in view.mlp}
+        if len(set(widths)) > 1 or len(sizes) > 1 or "" in sizes:
+            return None
+        entries[sizes.pop()] = widths[0]
+    return entries
+
+
+def _stock_tensors(module: nn.Module, config: Any) -> dict[str, torch.Tensor]:
     """The tensors that the stock class has; layers that compute their own have more, which are copies then."""
-    names = fresh(module).state_dict().keys()
+    names = fresh(module, config).state_dict().keys()
     return {name: tensor for name, tensor in module.state_dict().items() if name in names}
 
 
 def _accepts(config: Any, entries: Mapping[str, Any]) -> bool:
-    """Whether the config's class takes these head counts: some classes want one that divides the model width."""
-    if not entries:
-        return False
+    """Whether the config's class takes these numbers: some classes want one that divides the model width."""
     try:
         type(config).from_dict({**config.to_dict(), **entries})
     except Exception:  # somebody else's checks
@@ -115,11 +136,16 @@ def stock_entries(view: ModelView) -> Mapping[str, Count]:
 
 
 def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
-    """Head counts in the schema of transformers' ``per_layer_config``."""
-    return {
+    """Head counts and MLP widths in the schema of transformers' ``per_layer_config``."""
+    found: dict[str, dict[str, int | list[int]]] = {
         str(layer.index): {name: count(layer.layout) for name, count in layer.family.config.items()}
         for layer in view.attention
     }
+    index = {id(layer.block): str(layer.index) for layer in view.attention}
+    for mlp in view.mlp:
+        if mlp.record.size:
+            found[index[id(mlp.block)]][mlp.record.size] = len(mlp.layout.neurons)
+    return found
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

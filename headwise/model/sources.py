@@ -63,10 +63,10 @@ def constructor_arguments(module: nn.Module) -> dict[str, bool]:
     return {"add_pooling_layer": module.pooler is not None} if "add_pooling_layer" in accepted else {}
 
 
-def fresh(module: nn.Module) -> nn.Module:
-    """The stock model of the module's config, on the meta device: shapes without weights."""
+def fresh(module: nn.Module, config: Any = None) -> nn.Module:
+    """The stock model of the module's config, or of another one, on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return type(module)(copy.deepcopy(module.config), **constructor_arguments(module))
+        return type(module)(copy.deepcopy(config or module.config), **constructor_arguments(module))
 
 
 def call_factory(source: str | None) -> nn.Module:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from headwise.errors import SurgeryError
 from headwise.model.attend import form
-from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, LatentKV, ShareKV, ShareLayers
+from headwise.model.edits import (
+    ClusterHeads,
+    ClusterOnline,
+    DropHeads,
+    DropNeurons,
+    EditPlan,
+    ShareKV,
+)
 from headwise.model.handed import compute_own
+from headwise.model.latent_edits import LatentKV, ShareLayers
 from headwise.model.latent_surgery import (
     LatentWeights,
     LentHeads,
@@ -25,52 +33,12 @@ from headwise.model.latent_surgery import (
 )
 from headwise.model.latent_swap import RotaryLatent
 from headwise.model.layout import AttentionLayout, Layout
-from headwise.model.view import AttentionView, ModelView, Projections
-from headwise.model.writing import write, written
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueHeads:
-    """The value heads of a layer.
-
-    Attributes:
-        weight: (K, H, D).
-        bias: (K, H), or None where values have no bias.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def plus(self, maps: torch.Tensor, other: ValueHeads) -> ValueHeads:
-        """These heads and ``maps``, (K, H, H), times the other ones, in float64."""
-        bias = self.bias
-        if bias is not None and other.bias is not None:
-            bias = bias.double() + _mapped(maps, other.bias)
-        return ValueHeads(weight=self.weight.double() + _mapped(maps, other.weight), bias=bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedKV:
-    """The numbers of a ``ShareKV`` edit.
-
-    Attributes:
-        key: (G, H, D) shared key heads, in the order of the edit's groups; ``value``: the same for values.
-        key_bias: (G, H), or None where keys have no bias; ``value_bias``: the same for values.
-        key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
-            of its group, up to what the merge loses; ``value_maps``: the same for values.
-        output_bias: (D,) to add to the output bias; None where there is none.
-        missed: what the shared value heads miss most of their groups, of which a refit may take something in.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    key_bias: torch.Tensor | None
-    value_bias: torch.Tensor | None
-    key_maps: torch.Tensor
-    value_maps: torch.Tensor
-    output_bias: torch.Tensor | None
-    missed: ValueHeads
-
+from headwise.model.mlp import MlpView
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
+from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
+from headwise.model.view import AttentionView, ModelView
+from headwise.model.writing import write, write_output, written
 
 Payloads = Mapping[int, SharedKV | LatentWeights | RotaryLatent | LentHeads]
 """Position of an edit in its plan -> the numbers that it needs; edits that only select need none."""
@@ -87,6 +55,9 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
     predicted = plan.predict(model.layout)
     compute_own(model)
     for position, edit in enumerate(plan.edits):
+        if isinstance(edit, DropNeurons):
+            drop_neurons(model.mlp[edit.layer], edit)
+            continue
         layer, payload = model.attention[edit.layer], (payloads or {}).get(position)
         match edit:
             case DropHeads():
@@ -97,11 +68,17 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 assert isinstance(payload, LatentWeights | RotaryLatent), "passes give every edit its numbers"
                 latent_kv(layer, edit.apply(layer.layout), payload)
             case ShareLayers():
+                assert not isinstance(payload, SharedKV | RotaryLatent), "passes give every edit its own numbers"
                 share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)
             case ClusterOnline():
                 write(layer, layer.read(), edit.apply(layer.layout))
+    _require_landed(model, predicted)
+
+
+def _require_landed(model: ModelView, predicted: Layout) -> None:
+    """Raise SurgeryError where layouts or weights are not those that the plan said."""
     for view, want in zip(model.attention, predicted.attention, strict=True):
         if view.layout != want or not view.fits():
             have = view.layout
@@ -110,14 +87,21 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 expected=f"{len(want.query)} and {len(want.kv)}, as planned, and weights of that many",
                 fix="this is a bug in headwise; please report it with the model type and the plan",
             )
+    for mlp, left in zip(model.mlp, predicted.mlp, strict=True):
+        if mlp.layout != left or len(mlp.count().neurons) != len(left.neurons):
+            raise SurgeryError(
+                f"MLP {mlp.index} has {len(mlp.count().neurons)} neurons after surgery",
+                expected=f"{len(left.neurons)}, as planned",
+                fix="this is a bug in headwise; please report it with the model type and the plan",
+            )
 
 
 @contextmanager
 def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> Iterator[None]:
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
-    Dropped heads are gated to zero. Shared heads are written out for each of their readers, and so are the queries and
-    keys of representatives. Projections by way of a latent are multiplied out.
+    Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
+    queries and keys of representatives. Projections by way of a latent are multiplied out.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -125,6 +109,11 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
             gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
             stack.enter_context(layer.gate(torch.tensor(gates, dtype=layer.read().output.dtype)))
+        for mlp in model.mlp:
+            gone = {n for e in plan.edits if isinstance(e, DropNeurons) and e.layer == mlp.index for n in e.neurons}
+            if gone:
+                gates = [0.0 if neuron in gone else 1.0 for neuron in mlp.layout.neurons]
+                stack.enter_context(mlp.gate(torch.tensor(gates, dtype=mlp.linear()[0].dtype)))
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 layer = model.attention[edit.layer]
@@ -176,10 +165,10 @@ def _spread_shared(view: AttentionView, edit: ShareKV, shared: SharedKV) -> tupl
     bias = old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias)
     spread = replace(
         old,
-        key=_mapped(shared.key_maps, shared.key[groups]),
-        value=_mapped(shared.value_maps, shared.value[groups]),
-        key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
-        value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
+        key=mapped(shared.key_maps, shared.key[groups]),
+        value=mapped(shared.value_maps, shared.value[groups]),
+        key_bias=None if shared.key_bias is None else mapped(shared.key_maps, shared.key_bias[groups]),
+        value_bias=None if shared.value_bias is None else mapped(shared.value_maps, shared.value_bias[groups]),
         output_bias=bias,
     )
     return spread, layout
@@ -191,9 +180,9 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
     order = [view.layout.query.index(head) for head in layout.query]
     reads = [index // view.layout.group for index in order]
     key_maps, value_maps = shared.key_maps[reads], shared.value_maps[reads]
-    query_bias = None if old.query_bias is None else _mapped(key_maps.mT, old.query_bias[order])
+    query_bias = None if old.query_bias is None else mapped(key_maps.mT, old.query_bias[order])
     new = Projections(
-        query=_mapped(key_maps.mT, old.query[order]),
+        query=mapped(key_maps.mT, old.query[order]),
         key=shared.key,
         value=shared.value,
         output=torch.einsum("dnh,nhi->dni", old.output[:, order].double(), value_maps.double()),
@@ -204,11 +193,6 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
         further={path: parts[order] for path, parts in old.further.items()},
     )
     write(view, new, layout)
-
-
-def _mapped(maps: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """(J, H, H) times (J, H, D) or (J, H), in float64."""
-    return torch.einsum("jab,jb...->ja...", maps.double(), heads.double())
 
 
 def _added(bias: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
@@ -251,22 +235,21 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
     write(view, new, layout)
 
 
-def set_output(view: AttentionView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Replace the output projection.
+def set_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Replace the output projection of an attention layer, or the down projection of an MLP.
 
     Args:
         view: the layer.
-        weight: (D, N, H).
+        weight: (D, F), F = N * H for attention.
         bias: (D,), or None where the layer has none.
     """
-    old = view.read()
-    if (bias is None) != (old.output_bias is None):
+    if (bias is None) != (view.linear()[1] is None):
         raise SurgeryError(
             f"layer {view.index}: a bias {'is missing' if bias is None else 'is given'} for the output projection",
             expected="a bias exactly where the original layer has one",
             fix="fold constants only into layers that have an output bias",
         )
-    write(view, replace(old, output=weight, output_bias=bias), view.layout)
+    write_output(view, weight, bias)
 
 
 def set_values(view: AttentionView, values: ValueHeads) -> None:
@@ -302,6 +285,9 @@ def reshape(model: ModelView, layout: Layout) -> None:
         write(view, zeros, replace(entry, latent=0, owner=None))
         if entry.compressed:
             reshape_compressed(model, view, entry)
+    # Layouts of version 0.1.0 say nothing about neurons.
+    for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
+        reshape_mlp(mlp, neurons)
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -6,9 +6,9 @@ query heads have queries and J of the K kv heads have keys; elsewhere R is N and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,33 +27,8 @@ from headwise.model.latent import Borrowed, LatentProjections, read_latent
 from headwise.model.latent_attention import LatentAttention, fits
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
+from headwise.model.projections import Projections
 from headwise.model.timm_attention import unpack_timm
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Projections:
-    """The weights of one attention layer, in this order and shape for every family.
-
-    Attributes:
-        query: (R, H, D); ``key``: (J, H, D); ``value``: (K, H, D).
-        output: (D, N, H).
-        query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
-        output_bias: (D,) or None.
-        further: path of a further parameter -> its parts, (N, ...) of any shape behind.
-        latent: keys and values of a layer that computes them from a latent; ``key`` and ``value`` are empty there, and
-            where they are another layer's.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    query_bias: torch.Tensor | None
-    key_bias: torch.Tensor | None
-    value_bias: torch.Tensor | None
-    output_bias: torch.Tensor | None
-    further: Mapping[str, torch.Tensor]
-    latent: LatentProjections | None = None
 
 
 class AttentionView:
@@ -138,6 +113,10 @@ class AttentionView:
         """Weight as (out, in), and bias."""
         return matrix(module, transposed=self.family.transposed)
 
+    def linear(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output projection as (D, N * H), and its bias."""
+        return self._matrix(self.output)
+
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
         family = self.family
@@ -198,17 +177,19 @@ class AttentionView:
                 yield path, parameter.detach().movedim(axis, 0).unflatten(0, (len(self.layout.query), -1))
 
     @contextmanager
-    def gate(self, scale: torch.Tensor) -> Iterator[None]:
+    def gate(self, scale: torch.Tensor, instead: torch.Tensor | None = None) -> Iterator[None]:
         """Scale each head's contribution while the block runs.
 
         Args:
             scale: (N,), or (B, N) for one gate per sample. Zero is the exact twin of removing the head.
+            instead: (N, H) what a closed head gives in place of zeros.
         """
 
         def scaled(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             heads = args[0].unflatten(-1, (-1, self.layout.head_dim))
             gates = scale[..., None] if scale.dim() == 1 else scale[:, None, :, None]
-            return ((heads * gates).flatten(-2), *args[1:])
+            gated = heads * gates if instead is None else instead + (heads - instead) * gates
+            return (gated.flatten(-2), *args[1:])
 
         with hooked(self.output.register_forward_pre_hook(scaled)):
             yield
@@ -292,9 +273,18 @@ class ModelView:
             family = found[view.index].family
             record = find_mlp(view.block, family)
             if record is not None and id(view.block) not in seen:
-                mlps.append(MlpView(len(mlps), names[id(view.block)], view.block, family, record))
+                path = names[id(view.block)]
+                mlps.append(MlpView(len(mlps), path, view.block, family, record, runs=view.runs))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))
+
+    @property
+    def sublayers(self) -> tuple[AttentionView | MlpView, ...]:
+        """Attention layers and MLPs in the order in which they run."""
+        last = {id(layer.block): layer.index for layer in self.attention}
+        after = {last[id(mlp.block)]: mlp for mlp in self.mlp}
+        pairs = ((layer, after.get(layer.index)) for layer in self.attention)
+        return tuple(part for pair in pairs for part in pair if part is not None)
 
     @property
     def layout(self) -> Layout:

@@ -1,4 +1,4 @@
-"""Put weights into attention layers the way their families store them; called by surgery only."""
+"""Put weights into attention layers and MLPs the way their families store them; called by surgery only."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from headwise.model.access import assign, attribute
 from headwise.model.attend import bind
 from headwise.model.grouped import GroupedAttention, own_config
 from headwise.model.latent import build_latent
-from headwise.model.layout import AttentionLayout
-from headwise.model.view import AttentionView, Projections
+from headwise.model.layout import AttentionLayout, MlpLayout
+from headwise.model.mlp import MlpView, MlpWeights
+from headwise.model.projections import Projections
+from headwise.model.view import AttentionView
 
 
 def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
@@ -24,16 +26,16 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
     weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
     biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
     if layout.compressed:
-        _store(view, family.query, weights[0], biases[0])
+        _store(view.module, family.query, weights[0], biases[0], transposed=family.transposed)
         if new.latent is not None:
             build_latent(view.module, (family.key, family.value), new.latent)
     elif family.fused:
         bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
-        _store(view, family.query, _fused(view, weights), bias)
+        _store(view.module, family.query, _fused(view, weights), bias, transposed=family.transposed)
     else:
         for path, weight, bias in zip((family.query, family.key, family.value), weights, biases, strict=True):
-            _store(view, path, weight, bias)
-    _store(view, family.output, new.output.flatten(1), new.output_bias)
+            _store(view.module, path, weight, bias, transposed=family.transposed)
+    write_output(view, new.output.flatten(1), new.output_bias)
     for path, parts in new.further.items():
         _put(view.module, path, parts.flatten(0, 1).movedim(0, family.per_head[path]))
     for path, count in family.bookkeeping.items():
@@ -60,11 +62,32 @@ def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(heads, dim=1).flatten(0, 2)
 
 
-def _store(view: AttentionView, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def write_mlp(view: MlpView, new: MlpWeights, layout: MlpLayout) -> None:
+    """Store the weights of an MLP the way the family stores them."""
+    record, transposed = view.record, view.family.transposed
+    up, up_bias = new.up, new.up_bias
+    if record.fused:
+        assert new.gate is not None, "a fused matrix holds a gate"
+        up = torch.cat([new.gate, up])
+        up_bias = None if up_bias is None or new.gate_bias is None else torch.cat([new.gate_bias, up_bias])
+    elif new.gate is not None:
+        _store(view.block, record.gate, new.gate, new.gate_bias, transposed=transposed)
+    _store(view.block, record.up, up, up_bias, transposed=transposed)
+    write_output(view, new.down, new.down_bias)
+    view.layout = layout
+
+
+def write_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Store an output or down projection, (D, features), and its bias."""
+    root, path = (view.block, view.record.down) if isinstance(view, MlpView) else (view.module, view.family.output)
+    _store(root, path, weight, bias, transposed=view.family.transposed)
+
+
+def _store(root: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool) -> None:
     """Put a weight of shape (out, in) into the projection at ``path``, whatever its class calls its sizes."""
-    _put(view.module, f"{path}.weight", weight.T if view.family.transposed else weight)
+    _put(root, f"{path}.weight", weight.T if transposed else weight)
     if bias is not None:
-        _put(view.module, f"{path}.bias", bias)
+        _put(root, f"{path}.bias", bias)
 
 
 def _put(root: nn.Module, path: str, tensor: torch.Tensor) -> None:

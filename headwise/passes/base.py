@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -12,22 +12,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
-from headwise.calibration.value_refit import fit_values
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
-from headwise.model.edits import DropHeads, EditPlan, ShareLayers
+from headwise.model.edits import EditPlan
 from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.model.layout import Layout
-from headwise.model.surgery import Payloads, SharedKV
+from headwise.model.shared_kv import SharedKV
+from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
+from headwise.passes.recovery import Progress, Recovery, fold, refit, removed_means
 from headwise.spec import Spec
 from headwise.tolerances import TWIN
-
-Progress = Callable[[str, int], None]
-"""Called with what is being done and how many calibration samples of it just finished."""
 
 
 class Pass(Spec):
@@ -75,29 +72,13 @@ class Pass(Spec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recovery:
-    """Closed-form repair after surgery.
-
-    Attributes:
-        fold_mean: add the mean output of removed heads to the output bias, where the layer has one.
-        refit: refit output projections from the first edited layer on.
-        ridge: see ``calibration.refit``.
-        rounds: how often shared value heads are solved, in turn with the output projection.
-    """
-
-    fold_mean: bool
-    refit: bool
-    ridge: float
-    rounds: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PassRecord:
     """What a pass did, for the report.
 
     Attributes:
         twin_error: largest difference between the edited model and its exact twin, relative to the largest output.
-        refit: per refitted layer, the relative squared error on the calibration tokens before and after.
+        refit: per refitted layer, its part (attention or mlp), and the relative squared error on the calibration
+            tokens before and after.
     """
 
     name: str
@@ -107,7 +88,7 @@ class PassRecord:
     after: Layout
     stats_digest: str
     twin_error: float
-    refit: tuple[Mapping[str, float], ...]
+    refit: tuple[Mapping[str, Any], ...]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -137,7 +118,7 @@ def make_plan(
     """Collect what the pass needs and let it decide. Changes nothing."""
     _refuse(pass_, view)
     recovery = pass_.recovery()
-    needs = pass_.needs() | ({Stat.HEAD_MEAN} if recovery is not None and recovery.fold_mean else set())
+    needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": report}
     stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
@@ -192,23 +173,23 @@ def run_pass(
     payloads = pass_.payloads(view, stats, plan)
     with surgery.twin(view, plan, payloads), torch.inference_mode():
         twin = run(view.module, inputs)
-    folded = _mean_of_removed(view, plan, stats) if Stat.HEAD_MEAN in stats.values else {}
+    means = removed_means(view, plan, stats)
     bystanders = _versions(view)
     surgery.apply(view, plan, payloads)
     twin_error = _require_exact(view, twin, batch)
-    fits: list[Mapping[str, float]] = []
+    fits: list[Mapping[str, Any]] = []
     recovery = pass_.recovery()
     if recovery is not None and plan.edits:
         if recovery.fold_mean:
-            _fold(view, folded)
+            fold(view, means)
         if recovery.refit:
             missed = {plan.edits[i].layer: p.missed for i, p in payloads.items() if isinstance(p, SharedKV)}
             options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-            fits = _refit(view, teacher, plan, recovery, examples, missed=missed, **options)
+            fits = refit(view, teacher, plan, recovery, examples, missed=missed, **options)
     if _versions(view) != bystanders:
         raise SurgeryError(
-            "a weight outside the attention layers changed",
-            expected="only attention projections to change",
+            "a weight outside the attention layers and MLPs changed",
+            expected="only their projections to change",
             fix="this is a bug in headwise; please report it with the recipe",
         )
     return PassRecord(
@@ -247,63 +228,11 @@ def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], batch: Mappin
 
 
 def _versions(view: ModelView) -> dict[str, tuple[int, int]]:
-    """Identity and write count of every parameter outside attention: any change to one shows."""
-    paths = tuple(f"{layer.path}." for layer in view.attention)
+    """Identity and write count of every parameter outside attention and MLPs: any change to one shows."""
+    inside = [layer.path for layer in view.attention] + [path for mlp in view.mlp for path in mlp.paths]
+    paths = tuple(f"{path}." for path in inside)
     return {
         name: (id(parameter), parameter._version)
         for name, parameter in view.module.named_parameters()
         if not name.startswith(paths)
     }
-
-
-def _mean_of_removed(view: ModelView, plan: EditPlan, stats: HeadStats) -> dict[int, torch.Tensor]:
-    """Layer -> (D,) what its removed heads add to the residual stream on average."""
-    folded: dict[int, torch.Tensor] = {}
-    for edit in plan.edits:
-        if not isinstance(edit, DropHeads):
-            continue
-        layer = view.attention[edit.layer]
-        heads = [layer.layout.query.index(head) for head in edit.query]
-        weight = layer.read().output[:, heads].double()
-        mean = stats[Stat.HEAD_MEAN][edit.layer][heads]
-        folded[edit.layer] = torch.einsum("dnh,nh->d", weight, mean)
-    return folded
-
-
-def _fold(view: ModelView, folded: Mapping[int, torch.Tensor]) -> None:
-    for index, delta in folded.items():
-        layer = view.attention[index]
-        weights = layer.read()
-        if weights.output_bias is not None:
-            surgery.set_output(layer, weights.output, (weights.output_bias.double() + delta).to(delta.dtype))
-
-
-def _refit(
-    view: ModelView,
-    teacher: ModelView,
-    plan: EditPlan,
-    recovery: Recovery,
-    examples: Examples,
-    *,
-    missed: Mapping[int, surgery.ValueHeads],
-    batch_size: int,
-    progress: Progress | None,
-) -> list[Mapping[str, float]]:
-    # An owner may get other weights before it lends them.
-    first = min(edit.owner if isinstance(edit, ShareLayers) else edit.layer for edit in plan.edits)
-    fits: list[Mapping[str, float]] = []
-    for layer in view.attention[first:]:
-        report = None if progress is None else partial(progress, f"refit of layer {layer.index}")
-        options: dict[str, Any] = {"ridge": recovery.ridge, "batch_size": batch_size, "progress": report}
-        # A layer that runs several times reads in its later runs what it wrote: only its output is solved for.
-        if recovery.rounds and layer.index in missed and layer.runs == 1:
-            both = fit_values(
-                view, teacher, layer.index, missed[layer.index], examples, rounds=recovery.rounds, **options
-            )
-            surgery.set_values(layer, both.values)
-            fit = both.output
-        else:
-            fit = fit_output(view, teacher, layer.index, examples, **options)
-        surgery.set_output(layer, fit.weight, fit.bias)
-        fits.append({"layer": layer.index, "before": fit.before, "after": fit.after})
-    return fits

@@ -10,8 +10,9 @@ from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
 from headwise.model.edits import ClusterHeads, ClusterOnline, Edit, EditPlan
 from headwise.model.view import AttentionView, ModelView
-from headwise.passes.base import Pass, Recovery
+from headwise.passes.base import Pass
 from headwise.passes.clustering import Clusters, by_cost, by_similarity, elbow
+from headwise.passes.recovery import Recovery
 
 
 class ClusterHeadsPass(Pass):

@@ -12,8 +12,9 @@ import torch
 
 from headwise.calibration.energy import GroupEnergy
 from headwise.calibration.merge import Merged, missed
-from headwise.model.surgery import SharedKV, ValueHeads
-from headwise.model.view import AttentionView, Projections
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import SharedKV, ValueHeads
+from headwise.model.view import AttentionView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,13 +10,15 @@ from headwise.calibration.latent import spread_rank
 from headwise.calibration.rotary import RotaryParts
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.edits import EditPlan, LatentKV, refuse_clustered
+from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.latent import latent_cost
+from headwise.model.latent_edits import LatentKV
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
-from headwise.passes.base import Pass, Recovery
+from headwise.passes.base import Pass
 from headwise.passes.latent_rotary import RotarySplit, refuse_cached, rest_reader, rotary_latent
 from headwise.passes.latent_weights import LatentProblem, Reader
+from headwise.passes.recovery import Recovery
 
 
 class LatentKVPass(Pass):
@@ -41,18 +43,18 @@ class LatentKVPass(Pass):
     balanced: bool = True
     """Give keys and values the same say, whatever their sizes."""
     route: Literal["merge", "heads"] = "merge"
-    """Of decoders with rotary positions: ``merge`` keeps one rotary key for all heads, in a basis of principal components
-    over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA)."""
+    """Of decoders with rotary positions: ``merge`` keeps one rotary key for all heads, in a basis of principal
+    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA)."""
     rotary: int | None = Field(default=None, ge=2)
     """Numbers per token of the rotary keys of a layer; without it as many as one head has, or 2 for every head."""
     fold: int = Field(default=1, ge=1)
-    """Neighbouring frequencies that share components under ``route: merge`` (FreqFold); above 1 it is an approximation."""
+    """Neighbouring frequencies that share components under ``route: merge`` (FreqFold); above 1 it is approximate."""
     basis: Literal["complex", "real"] = "complex"
-    """How ``route: merge`` mixes heads: with complex numbers, which can turn them against each other, or with real ones,
-    as the paper does."""
+    """How ``route: merge`` mixes heads: with complex numbers, which can turn them against each other, or with real
+    ones, as the paper does."""
     select: Literal["change", "norm"] = "change"
-    """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or its
-    share in the scores."""
+    """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or
+    its share in the scores."""
     distance: int = Field(default=256, ge=2)
     """Tokens of a typical sequence, for ``select: change``."""
     refit: bool = True
@@ -130,7 +132,7 @@ class LatentKVPass(Pass):
             numbers = round(self.budget * sum(layer.kv_width for layer in view.layout.attention)) - rotary
             if numbers < len(problems):
                 raise PlanError(
-                    f"budget {self.budget} leaves {numbers} numbers per token for the latents of {len(problems)} layers",
+                    f"budget {self.budget} leaves {numbers} numbers per token for {len(problems)} latents",
                     expected="at least one in every layer",
                     fix="raise the budget, or lower rotary",
                 )

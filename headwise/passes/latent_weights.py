@@ -14,7 +14,8 @@ from headwise.calibration.latent import Block, JointLatent
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.model.latent import LatentProjections
 from headwise.model.latent_surgery import LatentWeights, affine, latent_biases
-from headwise.model.view import AttentionView, Projections
+from headwise.model.projections import Projections
+from headwise.model.view import AttentionView
 from headwise.passes.kv_weights import error_weights
 
 

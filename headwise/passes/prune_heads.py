@@ -13,7 +13,8 @@ from headwise.errors import PlanError
 from headwise.model.edits import DropHeads, EditPlan, Scores
 from headwise.model.view import ModelView
 from headwise.passes import scores as importance
-from headwise.passes.base import Pass, Recovery
+from headwise.passes.base import Pass
+from headwise.passes.recovery import Recovery
 from headwise.passes.select import Budget, Unit, by_cost, by_matrix
 
 Score = Literal["contribution", "gauss-newton", "michel", "fisher", "weight-norm", "random"]
@@ -46,6 +47,8 @@ class PruneHeads(Pass):
     """Divide the scores by their norm within each layer before ranking (Michel et al.); not for gauss-newton."""
     min_heads: int = Field(default=1, ge=1)
     """Query heads that every layer keeps."""
+    round_to: int = Field(default=1, ge=1)
+    """Query heads that stay in a layer are a multiple of this, so that a later share-kv finds divisors."""
     fold_mean: bool = True
     """Add the mean output of removed heads to the output bias, where the layer has one."""
     refit: bool = True
@@ -74,7 +77,8 @@ class PruneHeads(Pass):
         costs = torch.cat(per_layer)
         dropped: list[Unit] = []
         for group in self._scopes(units):
-            budget = Budget(heads=round(self.ratio * sum(len(u.heads) for u in group)), keep=self.min_heads)
+            heads = round(self.ratio * sum(len(u.heads) for u in group))
+            budget = Budget(heads=heads, keep=self.min_heads, multiple=self.round_to)
             if budget.heads == 0:
                 continue
             if matrix is None:

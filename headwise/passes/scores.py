@@ -1,13 +1,15 @@
-"""Head importance: pure functions from weights or statistics to one number per query head; higher is more important.
+"""Importance: pure functions from weights or statistics to one number per query head or neuron; higher is more.
 
-Shape letters: D model width, N query heads of a layer, K kv heads, H head_dim, S samples, M heads of all layers.
+Shape letters: D model width, N query heads of a layer, K kv heads, H head_dim, F neurons, S samples, M heads of all
+layers.
 """
 
 from __future__ import annotations
 
 import torch
 
-from headwise.model.view import Projections
+from headwise.model.mlp import MlpWeights
+from headwise.model.projections import Projections
 
 
 def random(heads: int, generator: torch.Generator) -> torch.Tensor:
@@ -49,3 +51,20 @@ def unit_matrix(matrix: torch.Tensor, units: list[list[int]]) -> torch.Tensor:
     for row, unit in enumerate(units):
         members[row, unit] = 1.0
     return members @ matrix @ members.T
+
+
+def neuron_contribution(weights: MlpWeights, size: torch.Tensor) -> torch.Tensor:
+    """(F,) mean L1 norm of what a neuron adds to the layer output.
+
+    Args:
+        weights: of the MLP.
+        size: (F,) mean absolute values of the neurons.
+    """
+    return size * weights.down.double().abs().sum(0)
+
+
+def neuron_weight_norm(weights: MlpWeights) -> torch.Tensor:
+    """(F,) product of the norms of what goes into a neuron (and its gate) and of what comes out of it."""
+    length = torch.linalg.vector_norm
+    norms: torch.Tensor = length(weights.up.double(), dim=1) * length(weights.down.double(), dim=0)
+    return norms if weights.gate is None else norms * length(weights.gate.double(), dim=1)

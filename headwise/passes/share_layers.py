@@ -12,13 +12,15 @@ from pydantic import Field, model_validator
 from headwise.calibration.cross import translator
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.edits import Edit, EditPlan, LatentKV, ShareLayers, refuse_clustered
+from headwise.model.edits import Edit, EditPlan, refuse_clustered
+from headwise.model.latent_edits import LatentKV, ShareLayers
 from headwise.model.latent_surgery import LentHeads, affine
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
-from headwise.passes.base import Pass, Recovery
+from headwise.passes.base import Pass
 from headwise.passes.latent_kv import refuse_causal
 from headwise.passes.latent_weights import LatentProblem, Reader
+from headwise.passes.recovery import Recovery
 
 
 class ShareLayersPass(Pass):
@@ -34,8 +36,8 @@ class ShareLayersPass(Pass):
     """Instead of factor: the layers of every group, its owner first. Layers in no group stay as they are."""
     how: Literal["translate", "mean", "reuse"] = "translate"
     """How the other layers read the owner. ``translate``: a linear map from the owner's input to theirs, found by least
-    squares, becomes part of their projections. ``mean``: all use keys and values of the mean weights. ``reuse``: all use
-    the owner's."""
+    squares, becomes part of their projections. ``mean``: all use keys and values of the mean weights. ``reuse``: all
+    use the owner's."""
     rank: int | None = Field(default=None, ge=1)
     """Translate by way of one latent of so many numbers per group and token; without it, the owner's input is kept."""
     weighted: bool = True

@@ -7,22 +7,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from headwise.calibration.shapes import cost_row
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.judge import Verdict, judge_all, not_run
-from headwise.gates.measure import Measurement, Predictions, load_measurements, measure, predict, save_measurements
+from headwise.gates.measure import (
+    SAMPLES,
+    Measurement,
+    Predictions,
+    load_measurements,
+    measure,
+    predict,
+    save_measurements,
+)
 from headwise.gates.model_cost import model_cost
 from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
-from headwise.pipeline.shapes import one_row, sequence_limit
 from headwise.pipeline.store import Store, versions
 from headwise.pipeline.workspace import Workspace
 
 Cost = Callable[[], dict[str, Any]]
-_PREDICTIONS, _SAMPLES = "predictions.npz", "samples.npz"
+_PREDICTIONS = "predictions.npz"
 
 
 class Gatekeeper:
@@ -72,13 +80,13 @@ class Gatekeeper:
             with runner() as active:
                 candidate = self._predict(active)
             found = measure(self.workspace.task, self.workspace.examples, self.reference, candidate)
-            save_measurements(found, folder / _SAMPLES)
+            save_measurements(found, folder / SAMPLES)
             return {"cost": cost()}
 
         key = {**self._data_key(), "artifact": digest, "reference": self.reference_digest, **versions(backend)}
         stored, why = self.store.get(f"{entry.folder}.measured", "measure", key, make)
         entry.made(why)
-        found = load_measurements(stored.path / _SAMPLES)
+        found = load_measurements(stored.path / SAMPLES)
         entry.add_metrics(found)
         entry.cost.update(stored.info["cost"])
         return found
@@ -142,10 +150,8 @@ class Gatekeeper:
 
     def cost_row(self) -> dict[str, Any]:
         """One sample, as long as engines are optimised for."""
-        sequence, examples = self.workspace.recipe.export.sequence, self.workspace.examples
-        limit = sequence_limit(self.workspace.checkpoint).get("sequence", 512)
-        length = sequence.opt if sequence else min(128, limit)
-        return one_row(examples.example_batch(), examples.dynamic_axes(), length)
+        sequence = self.workspace.recipe.export.sequence
+        return cost_row(self.workspace.checkpoint.module, self.workspace.examples, sequence.opt if sequence else None)
 
     def _predict(self, runner: Runner) -> Predictions:
         examples, recipe = self.workspace.examples, self.workspace.recipe

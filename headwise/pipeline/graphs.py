@@ -10,7 +10,7 @@ from headwise.export.precision import Precision
 from headwise.export.quantize import Promise
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 
-GRAPH = "model.onnx"
+GRAPH, DECODED = "model.onnx", "decoded.onnx"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _head_map(stage: Stage, columns: int) -> HeadMap:
         changes=tuple(describe(record["plan"], layer) for layer in range(len(before))),
         legend=next((_LEGENDS[e["type"]] for e in record["plan"]["edits"] if e["type"] in _LEGENDS), ""),
         columns=columns,
-        refit={int(fit["layer"]): fit for fit in record.get("refit") or []},
+        refit={int(fit["layer"]): fit for fit in record.get("refit") or [] if fit.get("part") != "mlp"},
         twin_error=record.get("twin_error"),
         rolled_back=stage["status"] == "rolled-back",
     )
@@ -85,7 +85,7 @@ def _head_map(stage: Stage, columns: int) -> HeadMap:
 
 def describe(plan: Mapping[str, Any], layer: int) -> str:
     """The edits of one layer in words, by original ids, and what the plan notes about it."""
-    edits = [edit for edit in plan["edits"] if edit["layer"] == layer]
+    edits = [edit for edit in plan["edits"] if edit["layer"] == layer and edit["type"] != "drop-neurons"]
     words = [_WORDS[edit["type"]](edit) for edit in edits if edit["type"] in _WORDS]
     text = "; ".join(filter(None, words)) or UNCHANGED
     note = plan.get("notes", {}).get(str(layer))

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import onnx
 
-from headwise.artifacts import write_atomic
-from headwise.calibration.formats import restore
-from headwise.calibration.products import dynamic_input, quantized_input, relative_error
+from headwise.calibration.products import ReadInput, dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
+from headwise.export.decode import decode_weights
 from headwise.export.dynamic import write_dynamic
-from headwise.export.matrices import TapRunner, find_matrices, find_taps
+from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
-from headwise.model.quantization import Codes, Matrix, MatrixPlan, QuantPlan
+from headwise.export.smoothing import require_same, smooth
+from headwise.export.targets import CPU, FULL
+from headwise.model.quantization import Codes, Matrix, QuantPlan
 from headwise.passes.quantize import Quantize
-from headwise.pipeline.graphs import GRAPH, Graph
+from headwise.pipeline.graphs import DECODED, GRAPH, Graph
+from headwise.pipeline.kv import write_kv
 from headwise.pipeline.monitor import Monitor
+from headwise.pipeline.planned import Planned
 from headwise.pipeline.store import Store, versions
+from headwise.pipeline.sweep import Sweep
 from headwise.pipeline.workspace import Workspace
 
-Array = NDArray[Any]
-
-PLAN = "plan.json"
 _RANGES = "ranges.npz"
+_READS: Mapping[str, ReadInput] = {FULL: quantized_input, CPU: dynamic_input}
 
 
 class Quantizer:
@@ -50,7 +51,12 @@ class Quantizer:
 
     def key(self, options: Quantize) -> dict[str, Any]:
         """What a quantized graph depends on, whatever the runtime."""
-        return {**self._ranges_key(), "options": options.model_dump(mode="json"), **versions("onnx")}
+        return {**self._key(options), "budget": options.model_dump(mode="json")["budget"]}
+
+    def _key(self, options: Quantize) -> dict[str, Any]:
+        """The same for what does not depend on the budget."""
+        plain = options.model_dump(mode="json", exclude={"budget"})
+        return {**self._ranges_key(), "options": plain, **versions("onnx")}
 
     def _ranges_key(self) -> dict[str, Any]:
         recipe = self.workspace.recipe
@@ -69,95 +75,129 @@ class Quantizer:
             precision: of what is not quantized.
             folder: to be filled.
         """
-        matrices, seen, plan = self._decide(options)
         dtype = SCALE_DTYPES[precision]
-        codes = options.codes(plan, matrices, dtype)
+        made = self._decide(options, FULL, dtype)
+        codes = self._codes(options, made, quantized_input, dtype)
         keep_io = self.workspace.recipe.export.keep_io
-        written = write_quantized(self.source.path, folder / GRAPH, plan, codes, precision=precision, keep_io=keep_io)
-        write_atomic(folder / PLAN, json.dumps(plan.to_json()))
+        written = write_quantized(made.path, folder / GRAPH, made.plan, codes, precision=precision, keep_io=keep_io)
         return {
+            **made.record(codes, quantized_input, dtype, folder),
             "promises": [asdict(promise) for promise in written.promises],
-            "matrices": [
-                _row(matrix, entry, seen[matrix.tap].rows, codes, quantized_input, dtype)
-                for matrix, entry in zip(matrices, plan.matrices, strict=True)
-            ],
-            "multiplications": written.multiplications,
+            "runs_as": DECODED if decode_weights(folder / GRAPH, folder / DECODED) else GRAPH,
             "runs_on_cpu": precision != "bf16",
         }
 
     def for_cpu(self, options: Quantize, folder: Path) -> dict[str, Any]:
         """The same for ONNX Runtime on a CPU: integer products, with input ranges of every call."""
-        matrices, seen, plan = self._decide(options)
         dtype = SCALE_DTYPES["fp32"]
-        codes = options.codes(plan, matrices, dtype)
-        multiplications = write_dynamic(self.source.path, folder / GRAPH, plan, codes)
-        write_atomic(folder / PLAN, json.dumps(plan.to_json()))
-        return {
-            "matrices": [
-                _row(matrix, entry, seen[matrix.tap].rows, codes, dynamic_input, dtype)
-                for matrix, entry in zip(matrices, plan.matrices, strict=True)
-            ],
-            "multiplications": multiplications,
-        }
+        made = self._decide(options, CPU, dtype)
+        codes = self._codes(options, made, dynamic_input, dtype)
+        write_dynamic(made.path, folder / GRAPH, made.plan, codes)
+        return made.record(codes, dynamic_input, dtype, folder)
 
-    def _decide(self, options: Quantize) -> tuple[Sequence[Matrix], Mapping[str, Observed], QuantPlan]:
-        matrices = find_matrices(self.source.path)
-        seen = self._ranges(matrices)
-        self.monitor.work("quantize", 0)
-        return matrices, seen, options.plan(matrices, seen)
+    @staticmethod
+    def _codes(options: Quantize, made: Planned, read: ReadInput, dtype: np.dtype[Any]) -> dict[str, Codes]:
+        found = options.codes(made.plan, made.matrices, made.seen, read, dtype)
+        return {**found, **options.table_codes(made.plan.tables, made.tables, dtype)}
 
-    def _ranges(self, matrices: Sequence[Matrix]) -> dict[str, Observed]:
-        """What calibration saw, from disk where neither the graph nor the samples have changed."""
-        workspace = self.workspace
-        names = [matrix.tap for matrix in matrices]
+    def _decide(self, options: Quantize, runtime: str, dtype: np.dtype[Any]) -> Planned:
+        """The plan for one runtime, and what it rests on."""
+        number = options.kv
+        if number is None:
+            made = self._within_budget(options, self._smoothed(options, runtime), runtime, dtype)
+            tables = find_tables(made.path) if options.embeddings else ()
+            return replace(made, tables=tables, plan=replace(made.plan, tables=options.plan_tables(tables)))
 
         def make(folder: Path) -> dict[str, Any]:
-            examples = workspace.calibration
-            seen = collect_ranges(
-                TapRunner(self.source.path, names),
-                examples,
-                find_taps(self.source.path, names),
-                batch_size=workspace.recipe.batch_size,
-                progress=self.monitor.work("ranges", len(examples)),
-            )
-            save_ranges(seen, folder / _RANGES)
+            return {"kv": write_kv(self.workspace, self.monitor, self.source.path, number, folder)}
+
+        key = {**self._ranges_key(), "kv": number, **versions("onnx")}
+        stored, _ = self.store.get(f"{self.source.path.parent.name}.kv", "kv", key, make)
+        source = replace(self.source, path=stored.path / GRAPH, digest=stored.digest)
+        inner = Quantizer(self.workspace, self.store, self.monitor, source)
+        return replace(inner._decide(options.model_copy(update={"kv": None}), runtime, dtype), kv=stored.info["kv"])
+
+    def _smoothed(self, options: Quantize, runtime: str) -> Planned:
+        """The plan, on a graph whose channels are scaled as it says; the scales suit the products of the runtime."""
+        path, matrices = self.source.path, find_matrices(self.source.path)
+        seen = self._ranges(matrices, runtime, moments=options.moments() and options.smooth is None)
+
+        def make(folder: Path) -> dict[str, Any]:
+            self.monitor.work("smooth", 0)
+            scales = options.smoothing(matrices, seen, _READS[runtime])
+            model = onnx.load(str(path))
+            names = list(options.plan(matrices, seen).quantized())
+            made = smooth(model, scales, names)
+            onnx.save(model, str(folder / GRAPH))
+            error = require_same(path, folder / GRAPH, self.workspace.examples.example_batch())
+            smoothed = find_matrices(folder / GRAPH)
+            final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments())
+            save_ranges(final, folder / _RANGES)
+            return {"smooth": scales, "scales": {**asdict(made), "twin_error": error}}
+
+        if options.smooth is None:
+            plan = options.plan(matrices, seen)
+            return Planned(path=path, matrices=matrices, seen=seen, plan=plan)
+        name = f"{path.parent.name}.smoothed-{runtime}"
+        stored, _ = self.store.get(name, "smoothed", self._key(options), make)
+        scales = {tap: tuple(exponents) for tap, exponents in stored.info["smooth"].items()}
+        matrices, seen = find_matrices(stored.path / GRAPH), load_ranges(stored.path / _RANGES)
+        plan = options.plan(matrices, seen, scales)
+        return Planned(path=stored.path / GRAPH, matrices=matrices, seen=seen, plan=plan, scales=stored.info["scales"])
+
+    def _within_budget(self, options: Quantize, made: Planned, runtime: str, dtype: np.dtype[Any]) -> Planned:
+        """The plan with as many matrices left alone as the budget asks for."""
+        if options.budget is None:
+            return made
+        fp32 = SCALE_DTYPES["fp32"]
+        codes = options.codes(made.plan, made.matrices, made.seen, _READS[runtime], fp32)
+
+        def write(folder: Path, plan: QuantPlan) -> Path:
+            chosen = {name: codes[name] for name in plan.quantized()}
+            graph, decoded = folder / GRAPH, folder / DECODED
+            if runtime == CPU:
+                write_dynamic(made.path, graph, plan, chosen)
+                return graph
+            write_quantized(made.path, graph, plan, chosen, precision="fp32")
+            return decoded if decode_weights(graph, decoded) else graph
+
+        sweep = Sweep(self.workspace, made.path, made.plan, write, options.budget.samples)
+
+        def make(folder: Path) -> dict[str, Any]:
+            del folder
+            names = list(made.plan.quantized())
+            advance = self.monitor.work("one matrix at a time", len(names))
+            drops = {}
+            for name in names:
+                drops[name] = sweep.drop([name])
+                advance(1)
+            return {"drops": drops, "metric": sweep.metric, "samples": len(sweep.examples)}
+
+        key = {**self._key(options), "samples": options.budget.samples}
+        stored, _ = self.store.get(f"{self.source.path.parent.name}.sweep-{runtime}", "sweep", key, make)
+        self.monitor.work("budget", 0)
+        return made.within(options.budget, stored.info, sweep.drop, dtype)
+
+    def _ranges(self, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
+        """What calibration saw, from disk where neither the graph nor the samples have changed."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            save_ranges(self._collect(self.source.path, matrices, runtime, moments=moments), folder / _RANGES)
             return {}
 
-        stored, _ = self.store.get(f"{self.source.path.parent.name}.ranges", "ranges", self._ranges_key(), make)
+        key = {**self._ranges_key(), "moments": moments}
+        stored, _ = self.store.get(f"{self.source.path.parent.name}.ranges-{runtime}", "ranges", key, make)
         return load_ranges(stored.path / _RANGES)
 
-
-def _row(
-    matrix: Matrix,
-    entry: MatrixPlan,
-    rows: Array,
-    codes: Mapping[str, Codes],
-    read: Callable[[Array, MatrixPlan, np.dtype[Any]], Array],
-    dtype: np.dtype[Any],
-) -> dict[str, Any]:
-    """What became of a matrix, for the report; ``error`` is that of its outputs on calibration tokens."""
-    error = 0.0
-    if matrix.name in codes:
-        found = read(rows, entry, dtype) @ restore(codes[matrix.name], entry.block, dtype)
-        error = relative_error(rows @ matrix.weight, found)
-    return {
-        "name": matrix.name,
-        "inputs": matrix.weight.shape[0],
-        "outputs": matrix.weight.shape[1],
-        "scheme": entry.scheme,
-        "reason": entry.reason,
-        "error": error,
-        "bytes_before": matrix.weight.size * dtype.itemsize,
-        "bytes_after": stored_bytes(matrix, entry, dtype),
-    }
-
-
-def stored_bytes(matrix: Matrix, entry: MatrixPlan, dtype: np.dtype[Any]) -> int:
-    """Bytes of a matrix in the graph, with its scales."""
-    size, outputs = matrix.weight.size, matrix.weight.shape[1]
-    if entry.format is None:
-        return size * dtype.itemsize
-    bits = {"int8": 8, "fp8": 8, "mxfp8": 8, "int4": 4, "nvfp4": 4}[entry.format]
-    scales = outputs if entry.block is None else size // entry.block
-    width = 1 if entry.format in ("nvfp4", "mxfp8") else dtype.itemsize
-    return size * bits // 8 + scales * width
+    def _collect(self, path: Path, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
+        examples = self.workspace.calibration
+        names = [matrix.tap for matrix in matrices]
+        return collect_ranges(
+            TapRunner(path, names),
+            examples,
+            find_taps(path, names),
+            moments=names if moments else (),
+            padding=runtime == CPU,
+            batch_size=self.workspace.recipe.batch_size,
+            progress=self.monitor.work("ranges", len(examples)),
+        )

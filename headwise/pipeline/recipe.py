@@ -50,13 +50,28 @@ def _passes_schema() -> dict[str, Any]:
     options = [
         {
             "type": "object",
-            "properties": {name: cls.model_json_schema()},
+            "properties": {name: _inlined(cls.model_json_schema())},
             "required": [name],
             "additionalProperties": False,
         }
         for name, cls in STEPS.items()
     ]
     return {"type": "array", "items": {"anyOf": [{"enum": list(STEPS)}, *options]}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of its own as a part of another one: what it refers to is put where it refers."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, dict):
+            reference = node.get("$ref")
+            own = definitions[reference.removeprefix("#/$defs/")] if reference else {}
+            return {key: resolve(entry) for key, entry in {**own, **node}.items() if key != "$ref"}
+        return [resolve(entry) for entry in node] if isinstance(node, list) else node
+
+    inlined: dict[str, Any] = resolve(schema)
+    return inlined
 
 
 class Recipe(Spec):

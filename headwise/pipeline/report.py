@@ -26,7 +26,7 @@ from headwise.pipeline.summary import COSTS, Report, Stage
 SCHEMA = "headwise.report/1"
 REPORT = "report.json"
 
-_STYLES = {
+STYLES = {
     **dict.fromkeys(("pass", "passed", "PASS"), "green"),
     **dict.fromkeys(("fail", "failed", "error", "FAIL"), "bold red"),
     **dict.fromkeys(("warn", "warned", "rolled-back", "interrupted", "INCONCLUSIVE"), "yellow"),
@@ -100,7 +100,7 @@ def _finite(value: Any) -> Any:
 def terminal(report: Report) -> RenderableType:
     """The report for a terminal, readable from 80 columns on."""
     outcome = report["outcome"]
-    title = Text.assemble((outcome.upper(), _STYLES.get(outcome, "bold")), f" (exit {report['exit_code']})")
+    title = Text.assemble((outcome.upper(), STYLES.get(outcome, "bold")), f" (exit {report['exit_code']})")
     headline = Text(f"{report['reason']}\n{report['checkpoint']['source']}, {summary.seconds(report['seconds'])}")
     parts: list[RenderableType] = [
         Panel(headline, title=title, title_align="left", box=box.ROUNDED),
@@ -127,7 +127,7 @@ def _accuracy_table(report: Report) -> Table:
     last = ""
     for row in summary.accuracy_rows(report):
         verdict = row.verdict if row.metric else row.status
-        text = Text(verdict, style=_STYLES.get(verdict, "dim"))
+        text = Text(verdict, style=STYLES.get(verdict, "dim"))
         if row.reason and row.status in summary.GOES_ON:
             text.append(f" ({row.status})")
         stage = "" if row.stage == last else row.stage
@@ -170,7 +170,7 @@ def markdown(report: Report) -> str:
         "",
         "## Accuracy",
         "",
-        *_markdown_table(
+        *markdown_table(
             ("Stage", "Status", "Output", "Metric", "Value", "Drop [interval]", "Limit", "Verdict"),
             [
                 (row.stage, row.status, row.output, row.metric, row.value, row.drop, row.limit, row.verdict)
@@ -196,7 +196,7 @@ def _markdown_cost(report: Report) -> list[str]:
         (stage["name"], *(summary.cost_text(report, stage, name) for name in columns), _took(stage))
         for stage in report["stages"]
     ]
-    table = _markdown_table(("Stage", *(COSTS[name] for name in columns), "Took"), rows)
+    table = markdown_table(("Stage", *(COSTS[name] for name in columns), "Took"), rows)
     notes = [line for note in summary.notes(report) for line in (f"{note}.", "")]
     return ["## Cost", "", *table, *notes]
 
@@ -209,7 +209,7 @@ def _markdown_heads(report: Report) -> list[str]:
             for layer, (old, new, change) in enumerate(zip(heads.before, heads.after, heads.changes, strict=True))
         ]
         lines += [f"## Heads: {_escape(heads.stage)}", ""]
-        lines += _markdown_table(("Layer", "Before", "After", "Change (original ids)"), rows)
+        lines += markdown_table(("Layer", "Before", "After", "Change (original ids)"), rows)
     return lines
 
 
@@ -217,16 +217,17 @@ def _markdown_matrices(report: Report) -> list[str]:
     lines = []
     for table in matrix_tables(report):
         lines += [f"## Quantized matrices: {_escape(table.stage)}", "", f"{_escape(table.headline)}.", ""]
-        lines += _markdown_table(table.headings, table.rows)
+        lines += markdown_table(table.headings, table.rows)
     return lines
 
 
 def _markdown_engines(report: Report) -> list[str]:
     rows = summary.engine_rows(report)
-    return ["## Engines", "", *_markdown_table(summary.ENGINE_HEADINGS, rows)] if rows else []
+    return ["## Engines", "", *markdown_table(summary.ENGINE_HEADINGS, rows)] if rows else []
 
 
-def _markdown_table(headings: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+def markdown_table(headings: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """A table as lines, with an empty one behind it."""
     lines = [" | ".join(headings), " | ".join("---" for _ in headings)]
     lines += [" | ".join(_escape(str(cell)) for cell in row) for row in rows]
     return [f"| {line} |" for line in lines] + [""]
@@ -260,8 +261,13 @@ def junit(report: Report) -> str:
             time=f"{stage.get('seconds') or 0:.3f}",
         )
         suite.extend(cases)
-    ElementTree.indent(suites)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
+    return xml_text(suites)
+
+
+def xml_text(root: ElementTree.Element) -> str:
+    """An XML document, indented."""
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _junit_cases(stage: Stage) -> Iterator[ElementTree.Element]:

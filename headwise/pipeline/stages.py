@@ -146,13 +146,16 @@ class Stages:
 
             def make(folder: Path) -> dict[str, Any]:
                 made = quantizer.for_tensorrt(options, body.precision, folder)
-                return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
+                cost = self._graph_cost(folder / made["runs_as"], source.scopes)
+                return {**made, "graph": {**cost, "file_bytes": (folder / GRAPH).stat().st_size}}
 
             artifact = self._artifact(entry, key, make)
-            entry.record = {"matrices": artifact.info["matrices"]}
+            entry.record = dict(artifact.info["record"])
             promises = tuple(Promise(**promise) for promise in artifact.info["promises"])
             quantized = replace(body, path=artifact.path / GRAPH, digest=artifact.digest, promises=promises)
-            used = self._judge_graph(entry, artifact, quantized, can_roll_back=True)
+            # Its speed on a CPU says nothing: Q/DQ nodes are for TensorRT.
+            judged = replace(quantized, path=artifact.path / artifact.info["runs_as"])
+            used = self._judge_graph(entry, artifact, judged, can_roll_back=True, timed=False)
         return quantized if used else body
 
     def deploy(self, source: Graph, name: str) -> None:
@@ -172,7 +175,7 @@ class Stages:
 
             artifact = self._artifact(entry, key, make)
             if options is not None:
-                entry.record = {"matrices": artifact.info["matrices"]}
+                entry.record = dict(artifact.info["record"])
             deployed = replace(source, path=artifact.path / GRAPH, digest=artifact.digest)
             self._judge_graph(entry, artifact, deployed, can_roll_back=False)
 
@@ -221,7 +224,9 @@ class Stages:
         self.results.keep(entry, artifact)
         return artifact
 
-    def _judge_graph(self, entry: StageEntry, artifact: Artifact, graph: Graph, *, can_roll_back: bool) -> bool:
+    def _judge_graph(
+        self, entry: StageEntry, artifact: Artifact, graph: Graph, *, can_roll_back: bool, timed: bool = True
+    ) -> bool:
         entry.cost = dict(artifact.info["graph"])
         if not artifact.info.get("runs_on_cpu", True):
             reason = "ONNX Runtime has no bf16 kernels for the CPU; the gate of the engine judges this graph"
@@ -232,7 +237,7 @@ class Stages:
             artifact.digest,
             lambda: OrtRunner(graph.path),
             "onnxruntime",
-            cost=lambda: {"latency": self.gatekeeper.latency(graph.dense, graph.path)},
+            cost=lambda: {"latency": self.gatekeeper.latency(graph.dense, graph.path)} if timed else {},
         )
         return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
 

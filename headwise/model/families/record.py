@@ -26,7 +26,7 @@ class FeedForward:
         fused: gate and up are the halves of one matrix, named by ``up``; the gate is the first half.
         residual: the module whose input is the residual stream that the MLP's output is added to: the norm in front of
             the MLP, or ``up`` itself where norms come behind the addition. Empty where something changes the output
-            before it is added.
+            before it is added, and where attention and MLP read and add to the same stream side by side.
         size: the entry of a stock config that holds the number of neurons; empty where there is none.
     """
 

@@ -1,0 +1,348 @@
+"""Quantization, measured: every format on a sentence encoder, its engines, and its speed on a CPU.
+
+Each command writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
+
+    python benchmarks/quantization.py options --out OUT --work DIR --model DIR --train FILE --data DEV_FILE
+    python benchmarks/quantization.py formats --out OUT --work DIR --model DIR --train FILE --data TEST_FILE
+    python benchmarks/quantization.py others  --out OUT --work DIR --model DIR --train FILE --data TEST_FILE \
+        [--graph NAME=FILE]...
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+import headwise
+from headwise.calibration.data import DataSpec, load_table, sample
+from headwise.calibration.tasks import SimilarityOptions, make_task
+from headwise.export.runners import OrtRunner, TorchRunner
+from headwise.gates.cost import device_name, latency
+from headwise.gates.measure import measure, predict
+from headwise.model.checkpoint import load_checkpoint
+
+Row = dict[str, Any]
+
+ALL = ("sm75", "sm86", "sm89", "sm120")
+AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
+PLAIN = {"smooth": None, "clip": False, "bias_correction": False}
+HALF = {"prune-heads": {"ratio": 0.5, "score": "gauss-newton"}}
+FLOAT = {"matrices": {"*": "float"}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row: options of ``quantize`` (None leaves it out), passes before it, and targets."""
+
+    name: str
+    options: Row | None
+    before: tuple[Row, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> list[Row]:
+        return [*self.before, *([] if self.options is None else [{"quantize": self.options}])]
+
+
+FORMATS = (
+    Case(name="fp16", options=None, targets=ALL),
+    Case(name="int8, absmax, nothing else", options=PLAIN, targets=("sm86",)),
+    Case(name="int8", options={}, targets=ALL),
+    Case(name="int8, weights only", options={"weights_only": True}, targets=ALL),
+    Case(name="fp8", options={"format": "fp8"}, targets=ADA),
+    Case(name="fp8, weights only", options={"format": "fp8", "weights_only": True}, targets=ADA),
+    Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}, targets=("sm86",)),
+    Case(name="int4", options={"format": "int4"}, targets=AMPERE),
+    Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}, targets=AMPERE),
+    Case(name="nvfp4, nearest, nothing else", options={"format": "nvfp4", **PLAIN}, targets=BLACKWELL),
+    Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}, targets=BLACKWELL),
+    Case(name="mxfp8", options={"format": "mxfp8"}, targets=("sm89",)),
+    Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}, targets=("sm86",)),
+    Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}, targets=("sm89",)),
+    Case(name="embeddings in int8", options={**FLOAT, "embeddings": "int8"}, targets=ALL),
+    Case(name="int8, embeddings in int8", options={"embeddings": "int8"}, targets=ALL),
+    Case(
+        name="int4, gptq, embeddings in int4",
+        options={"format": "int4", "rounding": "gptq", "embeddings": "int4"},
+        targets=AMPERE,
+    ),
+    Case(
+        name="int4, gptq, at most 1 point of fidelity",
+        options={"format": "int4", "rounding": "gptq", "budget": {"max_drop": 1.0}},
+        targets=("sm86",),
+    ),
+    Case(name="cpu: int8, nothing else", options=PLAIN, targets=("cpu",)),
+    Case(name="cpu: int8", options={}, targets=("cpu",)),
+    Case(name="cpu: int8, embeddings in int8", options={"embeddings": "int8"}, targets=("cpu",)),
+    Case(name="cpu: half of the heads, fp32", options=None, before=(HALF,), targets=("cpu",)),
+    Case(name="cpu: half of the heads, int8", options={}, before=(HALF,), targets=("cpu",)),
+)
+OPTIONS = (
+    *(Case(name=f"int8, smooth {s}", options={"smooth": s}) for s in (None, 0.5, 0.8, 0.9, "auto")),
+    *(Case(name=f"int8, {c}", options={"calibration": c}) for c in ("percentile", "mse", "entropy")),
+    *(Case(name=f"fp8, smooth {s}", options={"format": "fp8", "smooth": s}) for s in (None, "auto")),
+    *(
+        Case(name=f"{f}, smooth {s}, {r}", options={"format": f, "smooth": s, "rounding": r})
+        for f in ("int4", "nvfp4")
+        for s in (None, "auto")
+        for r in ("nearest", "gptq")
+    ),
+    *(Case(name=f"cpu: int8, smooth {s}", options={"smooth": s}, targets=("cpu",)) for s in (None, "auto")),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What every command is given."""
+
+    out: Path
+    work: Path
+    model: str
+    train: Path
+    data: Path
+    samples: int
+    only: tuple[str, ...] = ()
+
+    def source(self, path: Path) -> Row:
+        columns = {"first": 5, "second": 6, **({"score": 4} if path == self.data else {})}
+        return {"path": str(path), "delimiter": "\t", "header": False, "columns": columns}
+
+    def recipe(self, case: Case) -> Row:
+        return {
+            "task": {"type": "sentence-similarity", "metric": "spearman", "data": self.source(self.data)},
+            "calibration": {"data": self.source(self.train), "samples": self.samples},
+            "passes": case.passes,
+            "targets": list(case.targets),
+            "gate": {"max_drop": 100, "on_fail": "warn"},
+        }
+
+
+def run_case(inputs: Inputs, case: Case) -> Row:
+    """One run of the pipeline. Runs that begin alike share a folder, so that what they have in common is made once."""
+    folder = inputs.work / (f"{inputs.data.stem}-pruned" if case.before else inputs.data.stem)
+    found = headwise.compress(inputs.model, inputs.recipe(case), folder)
+    stages = {stage["name"]: stage for stage in found.report["stages"]}
+    judged = stages["cpu" if "cpu" in stages else "quantize" if "quantize" in stages else "fp16"]
+    scores = {metric["metric"]: metric for metric in judged["metrics"]}
+    row = {
+        "name": case.name,
+        "passes": case.passes,
+        "spearman": scores["spearman"]["value"],
+        "drop": scores["spearman"]["reference"] - scores["spearman"]["value"],
+        "fidelity": scores["fidelity"]["value"] / 100,
+        "graph_mb": judged["cost"]["file_bytes"] / 1e6,
+        "latency": judged["cost"].get("latency") if "cpu" in stages else None,
+        "scales": (judged.get("record") or {}).get("scales"),
+        "kv": (judged.get("record") or {}).get("kv"),
+        "engines_mb": {},
+        "kernels": {},
+    }
+    for target in case.targets:
+        stage = stages.get(f"engine-{target}")
+        if stage is not None and stage.get("cost", {}).get("file_bytes"):
+            row["engines_mb"][target] = stage["cost"]["file_bytes"] / 1e6
+            kernels = [verdict for verdict in stage["verdicts"] if verdict["gate"] == "kernels"]
+            row["kernels"][target] = "; ".join(f"{v['output']} {v['outcome']}, {v['reason']}" for v in kernels)
+    rows = (judged.get("record") or {}).get("matrices") or []
+    row["float"] = [entry["name"] for entry in rows if entry["scheme"] == "float"]
+    return row
+
+
+def measure_cases(inputs: Inputs, part: str, cases: Iterable[Case]) -> None:
+    """Run cases and write after each of them; rows that were measured before are replaced."""
+    known = {row["name"]: row for row in load(inputs.out).get(part, {}).get("rows", [])}
+    wanted = list(cases)
+    for case in wanted:
+        if not inputs.only or case.name in inputs.only:
+            known[case.name] = run_case(inputs, case)
+            print(json.dumps({key: value for key, value in known[case.name].items() if key != "float"}), flush=True)
+            save(inputs, part, {"rows": [known[c.name] for c in wanted if c.name in known]})
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Calibration samples, one at a time, as ONNX Runtime's tools want them."""
+
+    def __init__(self, batches: Iterable[Mapping[str, Any]], names: set[str]) -> None:
+        self.batches = ({key: value for key, value in batch.items() if key in names} for batch in batches)
+
+    def get_next(self) -> Mapping[str, Any] | None:
+        return next(self.batches, None)
+
+
+def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
+    """What other tools make of the same fp32 graph and calibration samples, judged on the same data."""
+    dense = inputs.work / inputs.data.stem / "01-onnx" / "model.onnx"
+    checkpoint = load_checkpoint(inputs.model)
+    data = DataSpec.model_validate(inputs.source(inputs.data))
+    task = make_task(SimilarityOptions(type="sentence-similarity", metric="spearman", data=data))
+    examples = task.encode(load_table(data, task.roles()), checkpoint)
+    train = load_table(DataSpec.model_validate(inputs.source(inputs.train)), task.roles(labels=False))
+    calibration = task.encode(sample(train, inputs.samples, 0), checkpoint)
+    static = inputs.work / "quantize_static.onnx"
+    names = {item.name for item in ort.InferenceSession(dense, providers=["CPUExecutionProvider"]).get_inputs()}
+    if not static.exists():
+        batches = (batch.inputs for batch in calibration.batches(1))
+        quantize_static(dense, static, Reader(batches, names), quant_format=QuantFormat.QDQ)
+    with TorchRunner(checkpoint.module) as runner:
+        reference = predict(runner, task, examples)
+    rows = []
+    for name, path in {"onnxruntime quantize_static, defaults": static, **graphs}.items():
+        with OrtRunner(path) as runner:
+            found = measure(task, examples, reference, predict(runner, task, examples))
+        scores = {entry.metric: entry.values() for entry in found}
+        one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
+        with OrtRunner(dense, threads=1) as first, OrtRunner(path, threads=1) as second:
+            times = latency({"dense": first, "this": second}, one)
+        before, after = scores["spearman"]
+        rows.append(
+            {
+                "name": name,
+                "spearman": after,
+                "drop": before - after,
+                "fidelity": scores["fidelity"][1] / 100,
+                "graph_mb": path.stat().st_size / 1e6,
+                "latency": {
+                    "median_ms": times["this"].median_ms,
+                    "reference_ms": times["dense"].median_ms,
+                    "ratio": times["this"].median_ms / times["dense"].median_ms,
+                },
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    save(inputs, "others", {"rows": rows})
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def load(out: Path) -> Row:
+    path = out.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(inputs: Inputs, part: str, content: Row) -> None:
+    """Put one part into OUT.json, with what is needed to repeat it, and write OUT.md from all parts."""
+    parts = load(inputs.out)
+    packages = ("headwise", "torch", "transformers", "onnx", "onnxruntime", "tensorrt-rtx")
+    versions = {name: version(name) for name in packages}
+    parts[part] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": device_name(),
+        "data": inputs.data.name,
+        "samples": inputs.samples,
+        **content,
+    }
+    inputs.out.with_suffix(".json").write_text(json.dumps(parts, indent=1) + "\n")
+    texts = [WRITERS[name](parts[name]) + origin(parts[name]) for name in WRITERS if name in parts]
+    inputs.out.with_suffix(".md").write_text("# Quantization without training\n\n" + "\n".join(texts))
+
+
+def formats_text(part: Row) -> str:
+    rows = part["rows"]
+    engines = [row for row in rows if not row["name"].startswith("cpu")]
+    body = [
+        [row["name"], *score(row), *(size(row["engines_mb"].get(target)) for target in ALL), size(row["graph_mb"])]
+        for row in engines
+    ]
+    text = (
+        f"## Formats, {part['data']}\n\n"
+        "All linear layers in the format unless the name says otherwise; what is not quantized is fp16. Judged: the "
+        "graph that the engines are built from, on ONNX Runtime. The drop is in points of Spearman. Fidelity is the "
+        "mean cosine between the embeddings of the quantized and of the untouched model. Sizes of engines and graph "
+        "in MB; a dash is a target that was not built or has no such format. "
+        f"Calibration: {part['samples']} training pairs.\n\n"
+    )
+    head = ["format", "Spearman", "drop", "fidelity", *(f"{target}" for target in ALL), "graph"]
+    text += table(head, body)
+    pairs = [(row["name"], target, why) for row in rows for target, why in row["kernels"].items()]
+    broken = [f"{name}: {target}: {why}" for name, target, why in pairs if "FAIL" in why]
+    checked = sum(bool(why) for _, _, why in pairs)
+    text += f"\nThe builder's list of kernels was compared with the plan for {checked} engines"
+    text += "; these broke it:\n\n" + "".join(f"- {line}\n" for line in broken) if broken else "; all keep it.\n"
+    cpu = [row for row in rows if row["name"].startswith("cpu")]
+    if cpu:
+        text += "\n### Target cpu\n\nOne thread, 1 x 128, median, in one interleaved run with the untouched graph.\n\n"
+        text += table(
+            ["graph", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
+            [[row["name"].removeprefix("cpu: "), *score(row), *speed(row), size(row["graph_mb"])] for row in cpu],
+        )
+    return text
+
+
+def options_text(part: Row) -> str:
+    return f"## Options, chosen on {part['data']}\n\n" + table(
+        ["options", "Spearman", "drop", "fidelity", "scales folded", "explicit"],
+        [
+            [row["name"], *score(row), *(str((row["scales"] or {}).get(key, "-")) for key in ("folded", "explicit"))]
+            for row in part["rows"]
+        ],
+    )
+
+
+def others_text(part: Row) -> str:
+    return "## Beside it: other tools on the same graph and samples\n\n" + table(
+        ["tool", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
+        [[row["name"], *score(row), *speed(row), size(row["graph_mb"])] for row in part["rows"]],
+    )
+
+
+WRITERS = {"formats": formats_text, "others": others_text, "options": options_text}
+
+
+def score(row: Row) -> list[str]:
+    return [f"{row['spearman']:.2f}", f"{row['drop']:.2f}", f"{row['fidelity']:.4f}"]
+
+
+def speed(row: Row) -> list[str]:
+    found = row["latency"]
+    return [f"{found['median_ms']:.1f}", f"{found['reference_ms']:.1f}", f"{1 / found['ratio']:.2f}"]
+
+
+def size(megabytes: float | None) -> str:
+    return "-" if megabytes is None else f"{megabytes:.1f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def origin(part: Row) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+    return f"\nMeasured on {part['device']} with {versions}:\n\n    {part['command']}\n"
+
+
+@click.command()
+@click.argument("part", type=click.Choice(["options", "formats", "others"]))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the runs; kept.")
+@click.option("--model", required=True)
+@click.option("--train", type=click.Path(path_type=Path), required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="What is judged: dev or test.")
+@click.option("--samples", default=512, help="Calibration pairs.")
+@click.option("--only", multiple=True, help="Name of a case; all of them without it.")
+@click.option("--graph", multiple=True, help="NAME=FILE: a graph of another tool, for the part others.")
+def main(part: str, graph: tuple[str, ...], **given: Any) -> None:
+    inputs = Inputs(**given)
+    inputs.work.mkdir(parents=True, exist_ok=True)
+    if part == "others":
+        named = dict(entry.split("=", 1) for entry in graph)
+        measure_others(inputs, {name: Path(path) for name, path in named.items()})
+    else:
+        measure_cases(inputs, part, OPTIONS if part == "options" else FORMATS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Keys and values in 8 bits: one scale per tensor, which is what TensorRT takes, and one per channel in effect.
+
+The scale of a channel of the keys goes into the projections of keys and queries, that of the values into the
+projections of values and outputs. Scores and outputs stay what they were; the tensors between them get channels of
+one size, so that one scale suits all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, helper, numpy_helper
+
+from headwise.calibration.formats import GRIDS
+from headwise.errors import ExportError
+from headwise.export.absorb import Channels, Edits, heads_first
+from headwise.export.edits import insert_before
+from headwise.export.matrices import products
+from headwise.model.quantization import Format
+
+_KEYS, _VALUES = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cached:
+    """Keys or values as an attention reads them: what a cache holds.
+
+    Attributes:
+        name: of the (B, N, T, H) tensor.
+        heads: N.
+        width: H.
+        pairs: channels of a head that rotary positions mix, as (first, second).
+    """
+
+    name: str
+    heads: int
+    width: int
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
+def find_cached(model: onnx.ModelProto) -> tuple[Cached, ...]:
+    """Keys and values of every attention, in the order of the graph.
+
+    Raises:
+        ExportError: the graph has no Attention operator on four axes.
+    """
+    graph = Channels(model.graph)
+    found: dict[str, Cached] = {}
+    for node in _attention(model.graph):
+        for index in (_KEYS, _VALUES):
+            name = node.input[index]
+            dims = graph.dims.get(name, [])
+            if len(dims) == 4 and dims[1] and dims[3]:
+                pairs = _pairs(graph, name, dims[3]) if index == _KEYS else ()
+                found.setdefault(name, Cached(name=name, heads=dims[1], width=dims[3], pairs=pairs))
+    if not found:
+        raise ExportError(
+            "the graph has no attention whose keys and values can be told",
+            expected="Attention nodes, which exports of opset 23 and later have",
+            fix="leave quantize.kv out, or set export.opset to 23",
+        )
+    return tuple(found.values())
+
+
+def fold_channels(model: onnx.ModelProto, scales: Mapping[str, NDArray[np.float64]]) -> frozenset[str]:
+    """Divide channels of keys and values by ``2 ** scale`` where the graph can make up for it, in place.
+
+    Args:
+        model: an fp32 graph with the shapes that the exporter wrote.
+        scales: tensor -> (N * H,) exponents.
+
+    Returns:
+        The tensors whose channels were scaled.
+    """
+    graph = Channels(model.graph)
+    folded = set()
+    for node in _attention(model.graph):
+        for index, make_up in ((_KEYS, _queries), (_VALUES, _outputs)):
+            name = node.input[index]
+            if name not in scales:
+                continue
+            taken = graph.heads(name, node, -scales[name])
+            made_up = make_up(graph, node, scales[name])
+            if taken is not None and made_up is not None:
+                graph.apply([*taken, *made_up])
+                folded.add(name)
+    return frozenset(folded)
+
+
+def quantize_cached(model: onnx.ModelProto, scales: Mapping[str, float], number: Format) -> None:
+    """Put a pair of QuantizeLinear and DequantizeLinear behind tensors that attention reads, in place.
+
+    Args:
+        model: an fp32 graph.
+        scales: tensor -> its one scale.
+        number: format of the codes.
+    """
+    graph = model.graph
+    before: dict[str, list[NodeProto]] = {}
+    readers = _attention(graph)
+    for name, scale in scales.items():
+        stem = f"{name}_kv"
+        constants = {f"{stem}_scale": np.float32(scale), f"{stem}_zero": np.zeros((), GRIDS[number].dtype)}
+        graph.initializer.extend(numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items())
+        pair = [
+            helper.make_node("QuantizeLinear", [name, *constants], [f"{stem}_codes"], name=f"{stem}_q"),
+            helper.make_node("DequantizeLinear", [f"{stem}_codes", *constants], [f"{stem}_values"], name=f"{stem}_dq"),
+        ]
+        members = [node for node in readers if name in node.input[_KEYS : _VALUES + 1]]
+        before.setdefault(members[0].output[0], []).extend(pair)
+        for node in members:
+            for index in (_KEYS, _VALUES):
+                if node.input[index] == name:
+                    node.input[index] = f"{stem}_values"
+    insert_before(graph, before)
+
+
+def _attention(graph: onnx.GraphProto) -> Sequence[NodeProto]:
+    return [node for node in graph.node if node.op_type == "Attention" and len(node.input) > _VALUES]
+
+
+def _pairs(graph: Channels, name: str, width: int) -> tuple[tuple[int, int], ...]:
+    """Channels that rotary positions mix, where a RotaryEmbedding makes the tensor."""
+    maker = graph.makers.get(name)
+    if maker is None or maker.op_type != "RotaryEmbedding":
+        return ()
+    attributes = {item.name: item.i for item in maker.attribute}
+    turned = attributes.get("rotary_embedding_dim") or width
+    half = turned // 2
+    if attributes.get("interleaved"):
+        return tuple((2 * index, 2 * index + 1) for index in range(half))
+    return tuple((index, index + half) for index in range(half))
+
+
+def _queries(graph: Channels, attention: NodeProto, exponents: NDArray[np.float64]) -> Edits | None:
+    """Queries get the inverse of what keys got; all readers of a kv head the same."""
+    spread = _for_readers(graph, attention, exponents)
+    return None if spread is None else graph.heads(attention.input[0], attention, spread)
+
+
+def _outputs(graph: Channels, attention: NodeProto, exponents: NDArray[np.float64]) -> Edits | None:
+    """The matrices behind an attention: Transpose, Reshape, and constant products, with a Where between at most."""
+    spread = _for_readers(graph, attention, exponents)
+    node, tensor = attention, attention.output[0]
+    for kind in ("Where", "Transpose", "Reshape"):
+        readers = [reader for reader in graph.readers.get(tensor, []) if reader.op_type != "Shape"]
+        if len(readers) != 1 or tensor in graph.outputs:
+            return None
+        if readers[0].op_type == kind:
+            node, tensor = readers[0], readers[0].output[0]
+            if kind == "Where" and not graph.zero(node.input[1]):
+                return None
+            if kind == "Transpose" and not heads_first(node):
+                return None
+        elif kind != "Where":
+            return None
+    members = {product.node.output[0]: product for product in products(graph.graph)}
+    readers = [reader for reader in graph.readers.get(tensor, []) if reader.op_type != "Shape"]
+    if spread is None or tensor in graph.outputs or graph.width(tensor) != len(spread):
+        return None
+    if not all(reader.output[0] in members and reader.input[0] == tensor for reader in readers):
+        return None
+    found = [members[reader.output[0]] for reader in readers]
+    return [(product.node, 1, spread if product.transposed else spread[:, None]) for product in found]
+
+
+def _for_readers(graph: Channels, attention: NodeProto, exponents: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """(heads * H,) from (kv heads * H,): query heads read kv heads in groups."""
+    query = graph.dims.get(attention.input[0], [])
+    if len(query) != 4 or not query[1] or not query[3] or len(exponents) % query[3]:
+        return None
+    groups = exponents.reshape(-1, query[3])
+    if query[1] % len(groups):
+        return None
+    return np.repeat(groups, query[1] // len(groups), axis=0).reshape(-1)

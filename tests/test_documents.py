@@ -1,0 +1,80 @@
+"""The commands of the documentation are run as they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from runs import copied
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with data and a recipe, not compressed yet, and `headwise` on the path."""
+    folder = copied("plain", tmp_path_factory.getbasetemp(), tmp_path)
+    shutil.rmtree(folder / "out")
+    command = folder / "bin" / "headwise"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m headwise "$@"\n')
+    command.chmod(0o755)
+    return folder
+
+
+def run(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    search = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    packages = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PATH": search, "PYTHONPATH": packages, **more}
+    return subprocess.run(
+        ["bash", "-e", "-c", script], check=False, cwd=folder, env=env, capture_output=True, text=True
+    )
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_gate_a_regression_in_ci(folder: Path) -> None:
+    accept, check = blocks("ci.md")
+    done = run(accept, folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "baseline.json").exists()
+    done = run(check, folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "check.xml").exists()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["passes"] = [{"prune-heads": {"ratio": 0.75, "refit": False}}]
+    recipe["gate"] = {"max_drop": 100}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run(check, folder)
+    assert done.returncode == 1, done.stdout
+    assert "prune-heads digit accuracy" in done.stdout
+
+
+def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None:
+    action: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
+    steps = {step["name"]: step for step in action["runs"]["steps"] if "name" in step}
+    given = {"checkpoint": "checkpoint", "recipe": "recipe.yaml", "baseline": "baseline.json", "out": "out"}
+    given["set"] = "passes.0.ratio=0.25\n\ngate.confidence=0.9"
+
+    def script(name: str) -> subprocess.CompletedProcess[str]:
+        env = {
+            key: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda m: given[m[1]], v) for key, v in steps[name]["env"].items()
+        }
+        return run(steps[name]["run"], folder, **env)
+
+    assert script("compress").returncode == 0
+    assert script("check").returncode == 2, "there is no baseline yet"
+    assert run("headwise check out --against baseline.json --update", folder).returncode == 0
+    assert script("check").returncode == 0
+    assert '"confidence": 0.9' in (folder / "baseline.json").read_text()
+    used = set(re.findall(r"inputs\.(\w+)", (ROOT / "action.yml").read_text()))
+    assert used == set(action["inputs"])
