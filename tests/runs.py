@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from conftest import HEADS, WIDTH, make_model
+from conftest import HEADS, WIDTH, make_model, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from headwise.model.checkpoint import Checkpoint
@@ -97,11 +97,48 @@ TEXT: dict[str, Any] = {
 }
 
 
-def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+def story_files(folder: Path) -> Path:
+    """A tiny Llama with a tokenizer, texts, and a recipe that quantizes it for the CPU."""
+    folder.mkdir(parents=True)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        intermediate_size=48,
+        max_position_embeddings=48,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    module: Any = randomize(transformers.LlamaForCausalLM(config))
+    for layer in module.model.layers:
+        layer.self_attn.o_proj.weight[:, SPARE * WIDTH // HEADS :] *= 1e-3
+    module.save_pretrained(folder / "checkpoint")
+    _tokenizer("[CLS] $A").save_pretrained(folder / "checkpoint")
+    random = np.random.default_rng(0)
+    for name, count in (("test", 40), ("calibration", 40)):
+        texts = [" ".join(random.choice(WORDS[4:], size=random.integers(4, 12))) for _ in range(count)]
+        (folder / f"{name}.csv").write_text("\n".join(["text", *texts]) + "\n")
+    write_recipe(folder, STORY)
+    return folder
+
+
+STORY: dict[str, Any] = {
+    "task": {"type": "language-modeling", "data": {"path": "test.csv"}},
+    "calibration": {"data": {"path": "calibration.csv"}, "samples": 32},
+    "passes": [{"prune-heads": {"ratio": 0.25}}, {"quantize": {"format": "int8"}}],
+    "gate": {"max_drop": 0.5},
+    "targets": ["cpu"],
+}
+
+
+def _tokenizer(single: str = "[CLS] $A [SEP]") -> transformers.PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single=single, pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="[PAD]", model_input_names=["input_ids", "token_type_ids", "attention_mask"]
@@ -125,7 +162,7 @@ _FINISHED: dict[str, tuple[Path, Run]] = {}
 def finished(kind: str, base: Path) -> tuple[Path, Run]:
     """A finished run, made once for all test modules. Tests read it; those that change it take a copy."""
     if kind not in _FINISHED:
-        folder = {"plain": plain_files, "text": text_files}[kind](base / kind)
+        folder = {"plain": plain_files, "text": text_files, "story": story_files}[kind](base / kind)
         _FINISHED[kind] = folder, run(folder)
     return _FINISHED[kind]
 

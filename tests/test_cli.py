@@ -29,9 +29,24 @@ from headwise.pipeline.monitor import RichMonitor
 from headwise.pipeline.run import Run
 
 COMMANDS: dict[str, list[str]] = {
+    "check": ["directory", "--against", "--update", "--junit", "--json"],
+    "cost": ["artifact", "--memory", "--batch", "--precision", "--json"],
     "compress": ["checkpoint", "--recipe", "--out", "--set", "--no-resume", "--dry-run", "--require-engine-run"],
     "demo": ["--out"],
     "evaluate": ["artifact", "--recipe", "--reference", "--set", "--json"],
+    "generate": [
+        *(
+            "artifact",
+            "--prompt",
+            "--prompts-file",
+            "--max-new-tokens",
+            "--batch",
+            "--temperature",
+            "--top-k",
+            "--seed",
+        ),
+        *("--runtime", "--tokenizer", "--json"),
+    ],
     "inspect": ["checkpoint", "--json", "--sequence"],
     "passes": [],
     "plan": ["checkpoint", "--recipe", "--set", "--json"],

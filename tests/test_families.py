@@ -31,6 +31,7 @@ from torch import nn
 from headwise.calibration.refit import fit_output
 from headwise.calibration.stats import Stat, collect
 from headwise.errors import UnsupportedModelError
+from headwise.export.decoder import decoder_to_onnx
 from headwise.export.onnx import to_onnx
 from headwise.model import surgery
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
@@ -297,7 +298,7 @@ def one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 EXPORTED = (
     *("electra", "clip", "deit", "dinov2", "timm", "torch"),
-    *("opt", "gpt-neox", "llama", "phi3", "gemma2", "gemma3"),
+    *("gpt2", "opt", "gpt-neox", "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"),
 )
 
 
@@ -310,10 +311,15 @@ def test_pruned_and_shared_heads_stay_so_in_the_graph(family: str, tmp_path: Pat
     share(view, family, kv_heads=1, merge="first" if family in NORMALISED else "subspace")
     inputs = {name: tensor.numpy() for name, tensor in make_inputs(family).items()}
     dynamic = {name: (0, 1) if array.ndim == 2 else (0,) for name, array in inputs.items()}
-    info = to_onnx(view.module, inputs, tmp_path / "model.onnx", dynamic=dynamic)
+    path = tmp_path / "model.onnx"
+    if family in DECODERS:
+        info = decoder_to_onnx(view, inputs["input_ids"], path)
+    else:
+        info = to_onnx(view.module, inputs, path, dynamic=dynamic)
     assert max(found.max_abs for found in info.parity) < 1e-4
-    graph = onnx.load(str(tmp_path / "model.onnx")).graph
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    graph = onnx.load(str(path)).graph
+    values = [*graph.value_info, *graph.output]
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
     heads = [[shapes[name][1] for name in node.input[:3]] for node in graph.node if node.op_type == "Attention"]
     fused = [[len(layer.query), 1, 1] for layer in view.layout.attention]
     no_operator = any("the graph has no Attention operator" in limit for limit in limits(view))

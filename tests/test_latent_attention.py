@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from test_latent_kv import compress
 
 from headwise.calibration.rotary import head_components, importance, keep_rotary, merged_components
 from headwise.errors import PlanError, SurgeryError
+from headwise.export.decoder import decoder_to_onnx
 from headwise.gates.model_cost import kv_bytes_per_token
 from headwise.model import latent_swap
+from headwise.model.decoder import why_no_cache
 from headwise.model.forward import run
 from headwise.model.latent_attention import LatentAttention, latent_form
 from headwise.model.view import ModelView
@@ -85,15 +88,35 @@ def test_beams_reorder_latents() -> None:
     assert torch.equal(generate(view, use_cache=True, num_beams=2), generate(view, use_cache=False, num_beams=2))
 
 
-@pytest.mark.parametrize(("route", "heads"), [("merge", 1), ("heads", 2)])
-def test_a_cache_holds_latents_and_rotary_keys_only(route: str, heads: int) -> None:
+@pytest.mark.parametrize(("route", "rotary"), [("merge", (2, 1, 7, 4)), ("heads", (2, 2, 7, 2))])
+def test_a_cache_holds_latents_and_rotary_keys_only(route: str, rotary: tuple[int, ...]) -> None:
     view, teacher, _ = compress("llama", rank=8, rotary=4, route=route)
     model: Any = view.module
     cache = model(input_ids=make_inputs("llama")["input_ids"], use_cache=True).past_key_values
     shapes = [(tuple(layer.keys.shape), tuple(layer.values.shape)) for layer in cache.layers]
-    assert shapes == [((2, 1, 7, 8), (2, heads, 7, 4 // heads))] * LAYERS
+    assert shapes == [((2, 1, 7, 8), rotary)] * LAYERS
+    named = [(tensor.name, tensor.dims(2, 7)) for tensor in view.layout.attention[0].cached]
+    assert named == [("latent", (2, 1, 7, 8)), ("rotary_key", rotary)]
     assert kv_bytes_per_token(view) == 2 * LAYERS * 12
     assert kv_bytes_per_token(teacher) == 2 * LAYERS * 24
+
+
+@pytest.mark.parametrize("options", [{"rotary": 4}, {"rotary": 4, "route": "heads"}])
+def test_a_graph_with_a_cache_takes_and_gives_latents(options: dict[str, Any], tmp_path: Path) -> None:
+    view, _, _ = compress("llama", rank=(8, 5, 6), **options)
+    ids = make_inputs("llama")["input_ids"].numpy()
+    info = decoder_to_onnx(view, ids, tmp_path / "model.onnx")
+    assert info.inputs["past_key_values.1.latent"][1][1::2] == (1, 5)
+    assert {name for name in info.outputs if name.startswith("present.0")} == {
+        "present.0.latent",
+        "present.0.rotary_key",
+    }
+    assert max(parity.max_abs for parity in info.parity) < 1e-4
+
+
+def test_a_cache_of_one_tensor_is_not_exported() -> None:
+    view, _, _ = compress("gpt2", rank=8)
+    assert why_no_cache(view) == "layers 0, 1, 2 cache one tensor, and the caches of transformers hold two"
 
 
 def test_up_projections_are_absorbed_at_decode_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,8 @@ from headwise.pipeline.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "prune-heads": {"ratio": 0.5},
-    "share-kv": {"ratio": 0.5},
-    "cluster-heads": {"ratio": 0.5},
+    **{name: {"ratio": 0.5} for name in ("prune-heads", "prune-mlp", "share-kv", "cluster-heads")},
+    "prune": {"macs": 0.85},
     "latent-kv": {"rank": 6},
     "share-layers": {"rank": 6},
 }

@@ -339,7 +339,9 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A builder that only copies the graph; returns the targets that it was asked for."""
     built: list[str] = []
 
-    def build(graph: Path, out: Path, target: Any, *, profiles: Mapping[str, Any], workspace_mb: int | None) -> Any:
+    def build(
+        graph: Path, out: Path, target: Any, *, profiles: Mapping[str, Any], workspace_mb: int | None, **_: Any
+    ) -> Any:
         del workspace_mb
         built.append(target.name)
         out.write_bytes(graph.read_bytes())

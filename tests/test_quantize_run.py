@@ -144,7 +144,7 @@ def test_an_engine_that_breaks_the_promise_fails_the_run(tmp_path: Path, monkeyp
     folder = text_files(tmp_path / "text")
     recipe(folder, "quantize", targets=["sm86"])
 
-    def build(graph: Path, out: Path, target: Any, *, profiles: Any, workspace_mb: int | None) -> EngineInfo:
+    def build(graph: Path, out: Path, target: Any, *, profiles: Any, workspace_mb: int | None, **_: Any) -> EngineInfo:
         del workspace_mb
         nodes = [node.name for node in onnx.load(str(graph)).graph.node]
         half = dict.fromkeys(nodes, "Half")

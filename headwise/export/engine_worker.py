@@ -83,9 +83,9 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job['sm']}"), 0)
-    if job["profiles"]:
+    for shapes_of in filter(None, job["profiles"]):
         profile = builder.create_optimization_profile()
-        for name, shapes in job["profiles"].items():
+        for name, shapes in shapes_of.items():
             profile.set_shape(name, tuple(shapes["min"]), tuple(shapes["opt"]), tuple(shapes["max"]))
         config.add_optimization_profile(profile)
     return config

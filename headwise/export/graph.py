@@ -23,7 +23,12 @@ Dims = tuple[int | str, ...]
 
 
 def clean_up(
-    model: ir.Model, *, inputs: Sequence[str], outputs: Sequence[str], dynamic: Mapping[str, tuple[int, ...]]
+    model: ir.Model,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, Mapping[int, str]] | None = None,
 ) -> None:
     """Make the graph what the module is: these inputs and outputs, these dynamic axes, and nothing of this machine.
 
@@ -32,6 +37,7 @@ def clean_up(
         inputs: names that the graph must take, all of them and no other.
         outputs: names that the graph must return, in this order.
         dynamic: input -> axes that must have stayed dynamic.
+        names: input -> axis -> what a dynamic axis is called; by default ``batch`` and ``sequence``.
 
     Raises:
         ExportError: an input or output was lost, or an axis was fixed.
@@ -42,7 +48,7 @@ def clean_up(
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     _drop_notes(model)
-    _name_dims(model.graph, dynamic)
+    _name_dims(model.graph, dynamic, names or {})
     _check_inputs(model.graph, inputs, dynamic)
 
 
@@ -64,6 +70,18 @@ def module_path(node: onnx.NodeProto) -> str:
     scopes = next((item.value for item in node.metadata_props if item.key == NAME_SCOPES), "[]")
     paths = ast.literal_eval(scopes)[:-1]
     return str(paths[-1]) if paths else ""
+
+
+def graph_inputs(path: Path) -> dict[str, Dims]:
+    """Input -> dims of a graph on disk; a dynamic dim is a name."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {
+        value.name: tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or "?")
+            for dim in value.type.tensor_type.shape.dim
+        )
+        for value in graph.input
+    }
 
 
 def signature(value: ir.Value) -> tuple[str, Dims]:
@@ -136,15 +154,18 @@ def _expand(node: ir.Node, index: int, *, axis: int, like: int, like_axis: int) 
     node.replace_input_with(index, expand.outputs[0])
 
 
-def _name_dims(graph: ir.Graph, dynamic: Mapping[str, tuple[int, ...]]) -> None:
-    """Call the symbols of the inputs ``batch`` and ``sequence``, everywhere in the graph."""
+def _name_dims(
+    graph: ir.Graph, dynamic: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Mapping[int, str]]
+) -> None:
+    """Give the symbols of the inputs the wanted names, or ``batch`` and ``sequence``, everywhere in the graph."""
     names: dict[str, str] = {}
     for value in graph.inputs:
         for axis in dynamic.get(str(value.name), ()):
             symbol = value.shape[axis] if value.shape is not None else None
             if isinstance(symbol, ir.SymbolicDim) and symbol.value not in names:
                 others = len(set(names.values()) - {"batch"})
-                names[str(symbol.value)] = "batch" if axis == 0 else f"sequence_{others}" if others else "sequence"
+                usual = "batch" if axis == 0 else f"sequence_{others}" if others else "sequence"
+                names[str(symbol.value)] = wanted.get(str(value.name), {}).get(axis, usual)
     values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is None or value.shape.is_static():

@@ -17,6 +17,7 @@ from onnx import NodeProto, numpy_helper
 from headwise.calibration.ranges import Tap
 from headwise.errors import ExportError
 from headwise.export.graph import module_path
+from headwise.export.ports import first_call
 from headwise.model.quantization import Matrix
 
 Array = NDArray[Any]
@@ -168,11 +169,12 @@ class TapRunner:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self._inputs = {item.name for item in self._session.get_inputs()}
+        self._inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors for one batch."""
-        feed = {name: array for name, array in batch.items() if name in self._inputs}
+        complete = first_call(batch, self._inputs)
+        feed = {name: array for name, array in complete.items() if name in self._inputs}
         found = dict(zip(self._wanted, self._session.run(self._wanted, feed), strict=True)) if self._wanted else {}
         return {**found, **{name: np.asarray(batch[name]) for name in self._given}}
 

@@ -25,7 +25,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from headwise.errors import ExportError
 from headwise.export.graph import Dims, clean_up, save_graph, signature
 from headwise.export.runners import OrtRunner
-from headwise.export.tracing import grouped_heads, no_fastpath, quiet, tuple_outputs, without_cache
+from headwise.export.tracing import caching, grouped_heads, no_fastpath, quiet, tuple_outputs
 from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.tolerances import ONNX_PARITY
 
@@ -89,15 +89,11 @@ def to_onnx(
         names = list(run(module, inputs))
     shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in sample}
     try:
-        with quiet(), without_cache(module), no_fastpath(), grouped_heads(), torch.no_grad():
+        with quiet(), caching(module, False), no_fastpath(), grouped_heads(), torch.no_grad():
             export = _export_transformers if isinstance(module, PreTrainedModel) else _export_plain
             model = export(module, inputs, shapes, names, opset)
     except Exception as error:  # the exporters raise anything, from TypeError to internal assertions
-        raise ExportError(
-            f"{type(module).__name__} cannot be exported: {_summary(error)}",
-            expected="a forward that torch.export can trace with these inputs",
-            fix="remove control flow that depends on tensor values; the full trace is the cause of this error",
-        ) from error
+        raise not_traceable(module, error) from error
     clean_up(model, inputs=list(sample), outputs=names, dynamic=dynamic)
     save_graph(model, path)
     return ExportInfo(
@@ -133,15 +129,42 @@ def check_parity(
             expected, actual = _reference(module, batch, label), runner(batch)
             for name, tensor in expected.items():
                 reference = _valid(tensor.float().numpy(), batch, name)
-                worst = _difference(reference, _valid(actual[name], batch, name), name)
-                if not worst <= tolerance * max(1.0, float(np.abs(reference).max(initial=0.0))):
-                    raise ExportError(
-                        f"output {name} of the graph is off by {worst:.3g} at {label}",
-                        expected=f"at most {tolerance:g} from the module",
-                        fix="do not turn sizes or values of tensors into Python numbers; else try another opset",
-                    )
-                found.append(Parity(shape=label, output=name, max_abs=worst))
+                output = _valid(actual[name], batch, name)
+                found.append(compare(Case(output=name, shape=label), reference, output, tolerance))
     return tuple(found)
+
+
+class Case(NamedTuple):
+    """What two arrays are that ought to be equal."""
+
+    output: str
+    shape: str
+
+
+def compare(case: Case, reference: NDArray[Any], actual: NDArray[Any], tolerance: float) -> Parity:
+    """The largest difference between an output of the module and of the graph.
+
+    Raises:
+        ExportError: the shapes differ, or it is larger than the tolerance, relative to the largest number where that is
+            above 1.
+    """
+    worst = _difference(reference, actual, case.output)
+    if not worst <= tolerance * max(1.0, float(np.abs(reference).max(initial=0.0))):
+        raise ExportError(
+            f"output {case.output} of the graph is off by {worst:.3g} at {case.shape}",
+            expected=f"at most {tolerance:g} from the module",
+            fix="do not turn sizes or values of tensors into Python numbers; else try another opset",
+        )
+    return Parity(shape=case.shape, output=case.output, max_abs=worst)
+
+
+def not_traceable(module: torch.nn.Module, error: Exception) -> ExportError:
+    """The error of a module that the exporter gave up on."""
+    return ExportError(
+        f"{type(module).__name__} cannot be exported: {_summary(error)}",
+        expected="a forward that torch.export can trace with these inputs",
+        fix="remove control flow that depends on tensor values; the full trace is the cause of this error",
+    )
 
 
 def _reference(module: torch.nn.Module, batch: Batch, label: str) -> dict[str, torch.Tensor]:

@@ -53,12 +53,17 @@ class ExportSpec(Spec):
     clusters: Literal["auto", "gathered", "fused"] = "auto"
     """How clustered layers compute: scores of the representatives only, gathered for all heads (``gathered``), or all
     scores in one fused kernel per layer (``fused``). ``auto`` exports both: fused for engines, else the faster one."""
+    cache: Literal["auto"] | bool = "auto"
+    """Whether a decoder's graph takes the keys and values of earlier calls and returns them with its own, so that it
+    can generate text. ``auto``: where the model generates text and all its layers allow it."""
     keep_io: bool = False
     """Keep float inputs and outputs in fp32 and cast inside of the graph."""
     batch: Range = Range()
     """Batch sizes of the engine."""
     sequence: Range | None = None
     """Sequence lengths of the engine; without it, 1 to the model's longest (512 where the model has no limit)."""
+    context: int | None = Field(default=None, ge=1)
+    """Tokens of earlier calls that the engine of a decoder takes; without it, the model's longest, but at most 4096."""
     workspace_mb: int | None = Field(default=None, ge=1)
     """Limit of the scratch memory of the engine in MiB; without it the builder decides."""
 

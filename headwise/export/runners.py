@@ -17,10 +17,15 @@ from numpy.typing import NDArray
 
 from headwise.errors import DataError, EngineError, ExportError, MachineError
 from headwise.export.cuda import DeviceMemory, gpu
+from headwise.export.graph import Dims
+from headwise.export.ports import first_call
 from headwise.export.tensorrt import engine_runtime, load_runtime
+from headwise.model.cache import is_present
 from headwise.model.forward import run, to_torch
 
 Arrays = Mapping[str, NDArray[Any]]
+Input = tuple[np.dtype[Any], Dims]
+"""Dtype and dims of a graph's input; a dim that varies is a name, or None."""
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -71,13 +76,16 @@ class Runner(Protocol):
         ...
 
 
-def _as_float32(array: NDArray[Any]) -> NDArray[Any]:
+def as_float32(array: NDArray[Any]) -> NDArray[Any]:
+    """Half precision as float32; everything else as it is."""
     is_half = array.dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
     return array.astype(np.float32) if is_half else array
 
 
-def _select(batch: Arrays, wanted: Mapping[str, np.dtype[Any]], ignore: Collection[str]) -> dict[str, NDArray[Any]]:
-    """The arrays that a graph takes, in its own dtypes."""
+def _select(batch: Arrays, inputs: Mapping[str, Input], ignore: Collection[str]) -> dict[str, NDArray[Any]]:
+    """The arrays that a graph takes, in its own dtypes; a decoder's graph gets an empty past."""
+    batch = first_call(batch, {name: dims for name, (_, dims) in inputs.items()})
+    wanted = {name: dtype for name, (dtype, _) in inputs.items()}
     missing = [name for name in wanted if name not in batch]
     extra = [name for name in batch if name not in wanted and name not in ignore]
     if missing or extra:
@@ -123,8 +131,46 @@ def _to_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return np.asarray(tensor.detach().cpu().numpy())
 
 
+def open_session(
+    path: Path, *, threads: int | None = None, provider: str = "cpu", optimize: bool = True
+) -> ort.InferenceSession:
+    """A session on the provider that was asked for; arguments and errors are those of ``OrtRunner``."""
+    asked = _PROVIDERS.get(provider, provider)
+    if asked not in ort.get_available_providers():
+        raise MachineError(
+            f"this onnxruntime has no {asked}",
+            expected="one of " + ", ".join(ort.get_available_providers()),
+            fix="install onnxruntime-gpu instead of onnxruntime, or use provider cpu",
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # errors are raised below, with the same message
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[asked])
+    except Exception as error:  # ONNX Runtime's own exception classes share no public base
+        raise ExportError(
+            f"ONNX Runtime refuses {path.name}: {str(error).strip()}",
+            expected="a graph that ONNX Runtime can run",
+            fix="see the message above for the node; a graph made for another runtime cannot be judged here",
+        ) from error
+    if asked not in session.get_providers():
+        raise MachineError(
+            f"ONNX Runtime fell back from {asked} to {', '.join(session.get_providers())}",
+            expected=f"a working {asked}",
+            fix="install the CUDA and cuDNN versions that this onnxruntime-gpu needs, or use provider cpu",
+        )
+    return session
+
+
+def session_inputs(session: ort.InferenceSession) -> dict[str, Input]:
+    """Input -> its dtype and dims."""
+    return {item.name: (_ORT_DTYPES[item.type], tuple(item.shape)) for item in session.get_inputs()}
+
+
 class OrtRunner:
-    """An ONNX file on ONNX Runtime.
+    """An ONNX file on ONNX Runtime. A decoder's graph with a cache reads every batch from its beginning.
 
     Args:
         path: the graph.
@@ -150,39 +196,9 @@ class OrtRunner:
         ignore: Collection[str] = (),
     ) -> None:
         self.device, self.threads, self._ignore = provider, threads, ignore
-        asked = self._provider(provider)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 4  # errors are raised below, with the same message
-        level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=[asked])
-        except Exception as error:  # ONNX Runtime's own exception classes share no public base
-            raise ExportError(
-                f"ONNX Runtime refuses {path.name}: {str(error).strip()}",
-                expected="a graph that ONNX Runtime can run",
-                fix="see the message above for the node; a graph made for another runtime cannot be judged here",
-            ) from error
-        if asked not in self._session.get_providers():
-            raise MachineError(
-                f"ONNX Runtime fell back from {asked} to {', '.join(self._session.get_providers())}",
-                expected=f"a working {asked}",
-                fix="install the CUDA and cuDNN versions that this onnxruntime-gpu needs, or use provider cpu",
-            )
-        self._inputs = {item.name: _ORT_DTYPES[item.type] for item in self._session.get_inputs()}
-        self._outputs = [item.name for item in self._session.get_outputs()]
-
-    @staticmethod
-    def _provider(provider: str) -> str:
-        asked = _PROVIDERS.get(provider, provider)
-        if asked not in ort.get_available_providers():
-            raise MachineError(
-                f"this onnxruntime has no {asked}",
-                expected="one of " + ", ".join(ort.get_available_providers()),
-                fix="install onnxruntime-gpu instead of onnxruntime, or use provider cpu",
-            )
-        return asked
+        self._session = open_session(path, threads=threads, provider=provider, optimize=optimize)
+        self._inputs = session_inputs(self._session)
+        self._outputs = [item.name for item in self._session.get_outputs() if not is_present(item.name)]
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +218,7 @@ class OrtRunner:
                 expected="a graph that runs at every batch size and length it was exported for",
                 fix="mark the axes that vary as dynamic; in forward, take sizes from tensor.shape (len() fixes them)",
             ) from error
-        return {name: _as_float32(np.asarray(array)) for name, array in zip(self._outputs, outputs, strict=True)}
+        return {name: as_float32(np.asarray(array)) for name, array in zip(self._outputs, outputs, strict=True)}
 
 
 class EngineRunner:
@@ -246,7 +262,8 @@ class EngineRunner:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         dtypes = {name: _ENGINE_DTYPES[self._engine.get_tensor_dtype(name).name] for name in names}
         inputs = [n for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT]
-        self._inputs = {name: dtypes[name] for name in inputs}
+        dims = {n: tuple("any" if d < 0 else int(d) for d in self._engine.get_tensor_shape(n)) for n in inputs}
+        self._inputs = {name: (dtypes[name], dims[name]) for name in inputs}
         self._outputs = {name: dtypes[name] for name in names if name not in inputs}
 
     def __enter__(self) -> Self:
@@ -262,7 +279,7 @@ class EngineRunner:
         rows = len(next(iter(feed.values())))
         step = min(int(self._engine.get_tensor_profile_shape(name, 0)[2][0]) for name in feed)
         parts = [self._run({n: a[i : i + step] for n, a in feed.items()}) for i in range(0, rows, step)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, feed: Arrays) -> dict[str, NDArray[Any]]:
         for name, array in feed.items():
@@ -284,5 +301,6 @@ class EngineRunner:
                 expected="a successful execution",
                 fix="run it again with the runtime's verbose log to see the kernel that failed",
             )
-        downloads = {n: self._memory.download(n, shapes[n], dtype) for n, dtype in self._outputs.items()}
-        return {name: _as_float32(array) for name, array in downloads.items()}
+        answers = {name: dtype for name, dtype in self._outputs.items() if not is_present(name)}
+        downloads = {name: self._memory.download(name, shapes[name], dtype) for name, dtype in answers.items()}
+        return {name: as_float32(array) for name, array in downloads.items()}

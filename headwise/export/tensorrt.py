@@ -15,21 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
-
 from headwise.artifacts import storage_error, write_atomic
 from headwise.errors import EngineError, ExportError, MachineError, MissingDependencyError
 from headwise.export.cuda import gpu
+from headwise.export.graph import graph_inputs
 from headwise.export.listing import ListingSummary, read_listing
-from headwise.export.precision import ExportSpec, Range
+from headwise.export.profiles import Profiles, profiles_for
 from headwise.export.targets import FULL, RTX, Target
 
 __all__ = ["EngineInfo", "build_engine", "engine_runtime", "gpu", "load_runtime", "profiles_for"]
 
-Profiles = Mapping[str, Mapping[str, tuple[int, ...]]]
-
 _MODULES = {RTX: "tensorrt_rtx", FULL: "tensorrt"}
-_LONGEST = 512
 _HINTS = (
     ("Option mask cannot be used together", "give Attention the mask only, with the causal part in it"),
     ("Cannot compile for target", "the target lacks a type of this graph: choose another precision or target"),
@@ -51,6 +47,7 @@ class EngineInfo:
         profiles: input -> its smallest, best and largest shape.
         listing: None when the builder did not say.
         weights_bytes, activation_bytes, scratch_bytes: device memory as the builder logged it; None when it did not.
+        decode: shapes of calls with one token per row, where the engine has a profile of its own for them.
     """
 
     target: str
@@ -64,6 +61,7 @@ class EngineInfo:
     weights_bytes: int | None
     activation_bytes: int | None
     scratch_bytes: int | None
+    decode: Profiles | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, for the report."""
@@ -98,48 +96,14 @@ def engine_runtime(engine: Path) -> str:
         ) from error
 
 
-def profiles_for(
-    onnx_path: Path, spec: ExportSpec, limits: Mapping[str, int] | None = None
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes that an engine has to take, from the dynamic axes of the graph.
-
-    Args:
-        onnx_path: a graph; axis 0 of an input is the batch, every other dynamic axis a sequence.
-        spec: the ranges of both.
-        limits: ``batch`` or ``sequence`` -> the largest size that the model takes (its position embeddings).
-
-    Returns:
-        Input -> ``min``, ``opt`` and ``max`` shape; inputs without a dynamic axis are left out.
-
-    Raises:
-        ExportError: the recipe asks for more than the limit.
-    """
-    limits = limits or {}
-    longest = limits.get("sequence", _LONGEST)
-    sequence = spec.sequence or Range(min=1, opt=min(128, longest), max=longest)
-    ranges = {"batch": spec.batch, "sequence": sequence}
-    for axis, wanted in ranges.items():
-        if wanted.max > limits.get(axis, wanted.max):
-            raise ExportError(
-                f"export.{axis}.max is {wanted.max}",
-                expected=f"at most {limits[axis]}, the largest {axis} that the model takes",
-                fix=f"lower export.{axis}.max",
-            )
-    profiles = {}
-    for name, dims in _inputs(onnx_path).items():
-        if not all(isinstance(dim, int) for dim in dims):
-            profiles[name] = {
-                kind: tuple(
-                    dim if isinstance(dim, int) else int(getattr(ranges["sequence" if axis else "batch"], kind))
-                    for axis, dim in enumerate(dims)
-                )
-                for kind in ("min", "opt", "max")
-            }
-    return profiles
-
-
 def build_engine(
-    onnx_path: Path, out: Path, target: Target, *, profiles: Profiles, workspace_mb: int | None = None
+    onnx_path: Path,
+    out: Path,
+    target: Target,
+    *,
+    profiles: Profiles,
+    decode: Profiles | None = None,
+    workspace_mb: int | None = None,
 ) -> EngineInfo:
     """Build an engine in a child process and read back what the builder made.
 
@@ -148,6 +112,7 @@ def build_engine(
         out: the engine; a JSON file with the returned record is written beside it.
         target: with ``tensorrt-rtx`` no GPU is needed; ``tensorrt`` builds on a GPU of the target's capability only.
         profiles: see :func:`profiles_for`.
+        decode: a second set of shapes, see :func:`headwise.export.profiles.decode_profiles`.
         workspace_mb: limit of the scratch memory in MiB.
 
     Raises:
@@ -163,7 +128,7 @@ def build_engine(
         "onnx": str(onnx_path.resolve()),
         "out": str(out.resolve()),
         "sm": target.sm,
-        "profiles": profiles,
+        "profiles": [profiles, decode] if decode else [profiles],
         "workspace_mb": workspace_mb,
     }
     result = _run_worker(job)
@@ -180,6 +145,7 @@ def build_engine(
         bytes=result["bytes"],
         seconds=result["seconds"],
         profiles=profiles,
+        decode=decode or None,
         listing=read_listing(listing) if listing else None,
         weights_bytes=result.get("weights_bytes"),
         activation_bytes=result.get("activation_bytes"),
@@ -187,17 +153,6 @@ def build_engine(
     )
     write_atomic(_sidecar(out), json.dumps(info.to_json(), indent=2))
     return info
-
-
-def _inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {
-        value.name: tuple(
-            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or "?")
-            for dim in value.type.tensor_type.shape.dim
-        )
-        for value in graph.input
-    }
 
 
 def _sidecar(engine: Path) -> Path:
@@ -213,7 +168,7 @@ def _missing(runtime: str, reason: str) -> MissingDependencyError:
 
 
 def _check_profiles(onnx_path: Path, profiles: Profiles) -> None:
-    open_inputs = {n for n, dims in _inputs(onnx_path).items() if not all(isinstance(dim, int) for dim in dims)}
+    open_inputs = {n for n, dims in graph_inputs(onnx_path).items() if not all(isinstance(dim, int) for dim in dims)}
     if open_inputs != set(profiles):
         raise EngineError(
             f"profiles for {', '.join(sorted(profiles)) or 'no input'}",

@@ -37,16 +37,16 @@ def tuple_outputs(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_cache(module: torch.nn.Module) -> Iterator[None]:
-    """A key/value cache in the outputs would only be cut off again."""
+def caching(module: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether a forward returns a cache; one that nobody asked for would only be cut off again."""
     config = getattr(module, "config", None)
-    previous = getattr(config, "use_cache", None)
-    if previous:
-        config.use_cache = False  # type: ignore[union-attr]
+    previous = getattr(config, "use_cache", wanted)
+    if previous != wanted:
+        config.use_cache = wanted  # type: ignore[union-attr]
     try:
         yield
     finally:
-        if previous:
+        if previous != wanted:
             config.use_cache = previous  # type: ignore[union-attr]
 
 

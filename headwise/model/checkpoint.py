@@ -33,6 +33,7 @@ from headwise.model.sources import (
 )
 from headwise.model.view import ModelView
 
+_NO_FILES = "a plain module has none of its own"
 SIDECAR = "headwise.json"
 WEIGHTS = "model.safetensors"
 
@@ -92,26 +93,23 @@ class Checkpoint:
         Raises:
             DataError: it has none, so that text cannot be fed to it.
         """
-        found = self._processor(transformers.AutoTokenizer, "tokenizer", "text")
-        # Where the directory has no tokenizer files, transformers makes up one without words: all texts are the same.
-        if len(found) <= len(set(found.all_special_ids)):
-            raise self._without("tokenizer", "text", "its vocabulary is empty or missing")
+        found, reason = (None, _NO_FILES) if self._home is None else read_tokenizer(self._home)
+        if found is None:
+            raise self._without("tokenizer", "text", reason)
         return found
 
     def image_processor(self) -> Any:
         """The checkpoint's image processor; DataError where it has none."""
-        return self._processor(transformers.AutoImageProcessor, "image processor", "images")
+        found, reason = (None, _NO_FILES) if self._home is None else _read(transformers.AutoImageProcessor, self._home)
+        if found is None:
+            raise self._without("image processor", "images", reason)
+        return found
 
-    def _processor(self, auto: Any, what: str, data: str) -> Any:
+    @property
+    def _home(self) -> str | None:
+        """Where tokenizer and image processor are."""
         home = self.processor or self.folder or (self.source if self.kind == "transformers" else None)
-        if home is not None:
-            try:
-                return auto.from_pretrained(str(home))
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                reason = str(error).splitlines()[0]
-        else:
-            reason = "a plain module has none of its own"
-        raise self._without(what, data, reason)
+        return None if home is None else str(home)
 
     def _without(self, what: str, data: str, reason: str) -> DataError:
         return DataError(
@@ -119,6 +117,22 @@ class Checkpoint:
             expected=f"a {what}, because the recipe's data are {data}",
             fix="name its directory in task.processor, or give arrays named after the model's inputs",
         )
+
+
+def read_tokenizer(home: str) -> tuple[Any, str]:
+    """The tokenizer of a directory or hub id, or None and the reason."""
+    found, reason = _read(transformers.AutoTokenizer, home)
+    # Where the directory has no tokenizer files, transformers makes up one without words: all texts are the same.
+    if found is not None and len(found) <= len(set(found.all_special_ids)):
+        return None, "its vocabulary is empty or missing"
+    return found, reason
+
+
+def _read(auto: Any, home: str) -> tuple[Any, str]:
+    try:
+        return auto.from_pretrained(home), ""
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        return None, str(error).splitlines()[0]
 
 
 def load_checkpoint(ref: str | Path) -> Checkpoint:

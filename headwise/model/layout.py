@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headwise.model.cache import CacheLayout, CacheTensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayout:
@@ -84,11 +86,24 @@ class AttentionLayout:
         return self.owner is None and (self.unrotated > 0 or self.rotary > 0)
 
     @property
+    def cached(self) -> tuple[CacheTensor, ...]:
+        """What a kv cache holds of this layer; classes of transformers keep keys and values of all heads."""
+        if self.cached_latent:
+            latent = CacheTensor(name="latent", shape=(1, self.latent))
+            shape = (self.rotary_heads, self.rotary // self.rotary_heads)
+            rotary = CacheTensor(name="rotary_key", shape=shape)
+            return (latent, rotary) if self.rotary else (latent,)
+        return (
+            CacheTensor(name="key", shape=(len(self.keyed), self.head_dim)),
+            CacheTensor(name="value", shape=(len(self.kv), self.head_dim)),
+        )
+
+    @property
     def kv_width(self) -> int:
-        """Numbers that a kv cache holds for one token of this layer."""
+        """Numbers per token from which this layer has its keys and values."""
         if self.compressed:
             return self.latent + self.rotary if self.owner is None else 0
-        return (len(self.keyed) + len(self.kv)) * self.head_dim
+        return sum(tensor.numbers for tensor in self.cached)
 
     def units(self) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of query heads that can go: single heads (MHA) or all readers of a kv head (GQA)."""
@@ -182,6 +197,11 @@ class Layout:
 
     attention: tuple[AttentionLayout, ...]
     mlp: tuple[MlpLayout, ...] = ()
+
+    @property
+    def cache(self) -> CacheLayout:
+        """What all attention layers cache."""
+        return CacheLayout(layers=tuple(layer.cached for layer in self.attention))
 
     def to_json(self) -> dict[str, Any]:
         return {

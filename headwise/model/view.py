@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,13 +88,6 @@ class AttentionView:
     def rotated(self) -> int:
         """How many leading coordinates of every head are rotated by their position."""
         return self.family.rotated(getattr(self.module, "config", None), self.layout.head_dim)
-
-    @property
-    def cached(self) -> int:
-        """Numbers that a kv cache holds for one token; classes of transformers keep keys and values of all heads."""
-        if isinstance(self.module, LatentAttention):
-            return self.layout.kv_width
-        return replace(self.layout, latent=0, owner=None).kv_width
 
     @property
     def direct(self) -> bool:

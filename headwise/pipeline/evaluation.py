@@ -16,9 +16,10 @@ from headwise.export.runners import EngineRunner, OrtRunner, Runner, TorchRunner
 from headwise.gates.judge import Outcome, judge_all
 from headwise.gates.measure import Measurement, Predictions, measure, predict
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.pipeline.folders import is_run, untouched_model
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import Recipe, load_recipe
-from headwise.pipeline.report import REPORT, read_report
+from headwise.pipeline.report import read_report
 from headwise.pipeline.workspace import Workspace
 
 ENGINES = {".engine", ".plan", ".trt"}
@@ -110,14 +111,13 @@ def _source(path: Path, artifact: str, is_graph: bool) -> str:
     if not is_graph:
         return artifact
     run = path.resolve().parent.parent
-    if not (run / REPORT).exists():
+    if not is_run(run):
         raise DataError(
             f"{path} does not say which checkpoint it came from",
             expected="a file inside the folder of a run, or --reference",
             fix="add --reference CHECKPOINT: its tokenizer or image processor feeds the graph",
         )
-    checkpoint = read_report(run)["checkpoint"]
-    return str(checkpoint.get("folder") or checkpoint["source"])
+    return untouched_model(read_report(run))
 
 
 def evaluation_table(found: dict[str, Any]) -> RenderableType:

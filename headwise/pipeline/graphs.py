@@ -10,7 +10,8 @@ from headwise.export.precision import Precision
 from headwise.export.quantize import Promise
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 
-GRAPH, DECODED = "model.onnx", "decoded.onnx"
+GRAPH, DECODED, MODEL = "model.onnx", "decoded.onnx", "model"
+"""Names in the folder of a stage: of graphs, and of the folder of a checkpoint."""
 
 
 @dataclass(frozen=True)

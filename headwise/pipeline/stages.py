@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Artifact
+from headwise.calibration.stats import Stat
 from headwise.errors import MachineError
 from headwise.export.cuda import gpu
-from headwise.export.graph import copy_graph
+from headwise.export.decoder import export_model
+from headwise.export.graph import copy_graph, graph_inputs
 from headwise.export.listing import ListingSummary
-from headwise.export.onnx import to_onnx
+from headwise.export.ports import first_call
 from headwise.export.precision import convert_precision
+from headwise.export.profiles import engine_shapes
 from headwise.export.quantize import Promise
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
-from headwise.export.tensorrt import build_engine, profiles_for
+from headwise.export.tensorrt import build_engine
 from headwise.gates.cost import graph_cost
 from headwise.gates.kernels import judge_kernels
 from headwise.model.attend import form
@@ -27,7 +30,7 @@ from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
-from headwise.pipeline.graphs import GRAPH, Graph, StoredModel
+from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.quantizing import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
@@ -36,7 +39,7 @@ from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
-ENGINE, MODEL = "model.engine", "model"
+ENGINE = "model.engine"
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -85,6 +88,7 @@ class Stages:
                 "task": recipe.task.model_dump(mode="json", exclude={"data"}),
                 "seed": recipe.seed,
                 "batch_size": recipe.batch_size,
+                "sequence": self.workspace.sequence if Stat.MACS in pass_.needs() else None,
                 "checkpoint": self.workspace.checkpoint.digest,
                 **versions("torch"),
             }
@@ -184,20 +188,18 @@ class Stages:
         target, spec = resolve_target(name), self.workspace.recipe.export
         with self.results.stage(engine_stage(name)) as entry:
             check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
-            profiles = profiles_for(graph.path, spec, sequence_limit(self.workspace.checkpoint))
+            shapes = engine_shapes(graph.path, spec, sequence_limit(self.workspace.checkpoint))
             key = {
                 "parent": graph.digest,
                 "target": [target.sm, target.runtime],
-                "profiles": profiles,
+                **shapes,
                 "workspace_mb": spec.workspace_mb,
                 "builder": installed_version(target.runtime),
             }
 
             def make(folder: Path) -> dict[str, Any]:
-                info = build_engine(
-                    graph.path, folder / ENGINE, target, profiles=profiles, workspace_mb=spec.workspace_mb
-                )
-                return {"engine": info.to_json()}
+                made = build_engine(graph.path, folder / ENGINE, target, **shapes, workspace_mb=spec.workspace_mb)
+                return {"engine": made.to_json()}
 
             self.monitor.work("build", 0)
             try:
@@ -251,7 +253,7 @@ class Stages:
         clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
         forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
         sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
-        return {"opset": spec.opset, "clusters": forms, **sample, **versions("onnx")}
+        return {"opset": spec.opset, "clusters": forms, "cache": spec.cache, **sample, **versions("onnx")}
 
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
@@ -265,6 +267,7 @@ class Stages:
             workspace.calibration,
             seed=workspace.recipe.seed,
             batch_size=workspace.recipe.batch_size,
+            sequence=workspace.sequence,
             progress=Steps(self.monitor, len(workspace.calibration)),
         )
         save_checkpoint(checkpoint, view, folder / MODEL)
@@ -291,11 +294,9 @@ class Stages:
         return {**made[choice.form], "forms": choice.to_json()}
 
     def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
-        examples = self.workspace.examples
         scopes = [layer.path for layer in view.attention]
-        opset = self.workspace.recipe.export.opset
         path.parent.mkdir(exist_ok=True)
-        info = to_onnx(view.module, examples.example_batch(), path, dynamic=examples.dynamic_axes(), opset=opset)
+        info = export_model(view, self.workspace.examples, path, self.workspace.recipe.export)
         return {
             "graph": self._graph_cost(path, scopes),
             "parity": [p._asdict() for p in info.parity],
@@ -311,7 +312,8 @@ class Stages:
         return {"graph": cost, "runs_on_cpu": info.runs_on_cpu, "casts": info.casts}
 
     def _graph_cost(self, path: Path, scopes: Sequence[str]) -> dict[str, int]:
-        shapes = {name: array.shape for name, array in self.gatekeeper.cost_row().items()}
+        row = first_call(self.gatekeeper.cost_row(), graph_inputs(path))
+        shapes = {name: array.shape for name, array in row.items()}
         cost = graph_cost(path, shapes, attention_scopes=scopes)
         return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
 

@@ -5,60 +5,22 @@ Heavy modules are imported inside the commands, so that ``headwise --help`` answ
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-EXIT_CODES = """
-\b
-Exit codes: 0 passed, 1 a gate said no, 2 bad recipe or input, 3 a stage failed,
-4 this machine cannot do it (missing package, no GPU), 130 interrupted.
-"""
-
-CHECKPOINT_HELP = """
-CHECKPOINT is a directory (of transformers, or written by headwise), a hub id, or module:factory for a plain PyTorch
-model.
-"""
-
-
-def _errors_to_exit_codes(command: Callable[..., int | None]) -> Callable[..., None]:
-    """End with the exit code of a headwise error, without a traceback; 130 for Ctrl-C.
-
-    Whatever else is raised is a bug: it keeps its traceback, and ends with 3, for 1 means that a gate said no.
-    """
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from headwise.errors import HeadwiseError
-
-        try:
-            sys.exit(command(*args, **kwargs) or 0)
-        except HeadwiseError as error:
-            click.secho(f"error: {error}", err=True, fg="red")
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(130)
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            click.echo(traceback.format_exc(), err=True)
-            click.secho(
-                f"error: {type(error).__name__}: {error}\n  expected: this command to end with a result or a reason\n"
-                "  do this:  this is a bug in headwise; please report it with the lines above",
-                err=True,
-                fg="red",
-            )
-            sys.exit(3)
-
-    return wrapped
+from headwise.cli.common import (
+    CHECKPOINT_HELP,
+    EXIT_CODES,
+    errors_to_exit_codes,
+    progress,
+    show,
+    show_or_dump,
+)
+from headwise.cli.text import cost, generate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -69,18 +31,18 @@ def main() -> None:
 
 @main.command(epilog=EXIT_CODES)
 @click.option("--out", default="headwise-demo", show_default=True, help="Folder for the model, its data and the run.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def demo(out: str) -> int:
     """Train a small two-headed model and compress it.
 
     Takes about two minutes on two CPU cores and needs no download. Copy DIR/recipe.yaml as a start for your own.
     """
-    with _monitor() as monitor:
+    with progress() as monitor:
         from headwise.demo.run import run_demo
         from headwise.pipeline.report import terminal
 
         run = run_demo(Path(out), monitor)
-    _show(terminal(run.report))
+    show(terminal(run.report))
     click.echo(f"Your own recipe can start from {Path(out) / 'recipe.yaml'}\nReport: {run.folder / 'report.html'}")
     return run.exit_code
 
@@ -95,14 +57,14 @@ def demo(out: str) -> int:
     show_default=True,
     help="Tokens to count multiply-accumulates for.",
 )
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
     """Show the attention layers and the cost of a checkpoint."""
-    with _monitor():
+    with progress():
         from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
 
         found = inspect_checkpoint(checkpoint, sequence)
-    _show_or_dump(found, inspection_table, as_json=as_json)
+    show_or_dump(found, inspection_table, as_json=as_json)
 
 
 @main.command(epilog=CHECKPOINT_HELP)
@@ -110,17 +72,17 @@ def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
 @click.option("--recipe", required=True, help="YAML recipe.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: passes.0.ratio=0.25")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what the passes of a recipe would remove, and why.
 
     Changes nothing and writes nothing.
     """
-    with _monitor() as monitor:
+    with progress() as monitor:
         from headwise.pipeline.planning import plan_passes, plan_table
 
         plans = plan_passes(checkpoint, recipe, overrides, monitor=monitor)
-    _show_or_dump(plans, plan_table, as_json=as_json)
+    show_or_dump(plans, plan_table, as_json=as_json)
 
 
 @main.command(epilog=CHECKPOINT_HELP + EXIT_CODES)
@@ -131,7 +93,7 @@ def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool
 @click.option("--no-resume", is_flag=True, help="Make every stage again, also finished ones.")
 @click.option("--dry-run", is_flag=True, help="Check recipe, checkpoint, data and targets, print the recipe, and stop.")
 @click.option("--require-engine-run", is_flag=True, help="Exit 4 when an engine cannot be run on this machine.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def compress(
     checkpoint: str,
     recipe: str,
@@ -146,7 +108,7 @@ def compress(
     The stages are the passes, the ONNX graph, its precision and the engines. The same command continues a run that
     was interrupted, and makes again only what a change to its inputs asks for.
     """
-    with _monitor() as monitor:
+    with progress() as monitor:
         from headwise.pipeline.report import terminal
         from headwise.pipeline.run import check, compress
 
@@ -165,7 +127,7 @@ def compress(
     if dry_run:
         click.echo(resolved)
         return 0
-    _show(terminal(run.report))
+    show(terminal(run.report))
     click.echo(f"Report: {run.folder / 'report.html'}")
     _tell_ci(run.report)
     return run.exit_code
@@ -177,17 +139,17 @@ def compress(
 @click.option("--reference", help="The untouched checkpoint: adds fidelity and the gate's verdicts, feeds graphs.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe: gate.max_drop=0.5")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
     """Measure a checkpoint, a graph or an engine with a recipe's task.
 
     A graph or an engine from a run knows its checkpoint; name it with --reference otherwise.
     """
-    with _monitor() as monitor:
+    with progress() as monitor:
         from headwise.pipeline.evaluation import evaluate_artifact, evaluation_table
 
         found = evaluate_artifact(artifact, recipe, reference=reference, overrides=overrides, monitor=monitor)
-    _show_or_dump(found, evaluation_table, as_json=as_json)
+    show_or_dump(found, evaluation_table, as_json=as_json)
     return int(found["exit_code"])
 
 
@@ -196,7 +158,7 @@ def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple
 @click.option("--html", "form", flag_value="html", help="Print the HTML page.")
 @click.option("--markdown", "form", flag_value="markdown", help="Print Markdown.")
 @click.option("--junit", "form", flag_value="junit", help="Print JUnit XML.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def report(directory: Path, form: str | None) -> None:
     """Show the report of a run again. DIRECTORY is the --out of `headwise compress`."""
     from headwise.pipeline import report as reports
@@ -204,7 +166,7 @@ def report(directory: Path, form: str | None) -> None:
 
     found = reports.read_report(directory)
     if form is None:
-        _show(reports.terminal(found))
+        show(reports.terminal(found))
     else:
         click.echo({"html": html, "markdown": reports.markdown, "junit": reports.junit}[form](found))
 
@@ -217,9 +179,9 @@ def report(directory: Path, form: str | None) -> None:
 @click.option("--update", is_flag=True, help="Make this run the baseline, if it passes; the limits stay as they are.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit XML to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@_errors_to_exit_codes
+@errors_to_exit_codes
 def check(directory: Path, against: Path, update: bool, junit: Path | None, as_json: bool) -> int:
-    """Judge a finished run again with the limits of a baseline, and say what moved.
+    """Judge a finished run with the limits of a baseline.
 
     Needs neither the model nor the data nor a GPU: DIRECTORY is the --out of `headwise compress`, of which report.json
     and the *.measured folders are enough. The limits are those of the baseline, so that a changed recipe cannot loosen
@@ -231,7 +193,7 @@ def check(directory: Path, against: Path, update: bool, junit: Path | None, as_j
     from headwise.pipeline.regression import accept, compare
 
     found = accept(directory, against) if update else compare(directory, Baseline.read(against))
-    _show_or_dump(found.to_json() if as_json else found, regression_report.table, as_json=as_json)
+    show_or_dump(found.to_json() if as_json else found, regression_report.table, as_json=as_json)
     if junit is not None:
         write_atomic(junit, regression_report.junit(found))
     ci.add_summary(regression_report.markdown(found))
@@ -247,7 +209,7 @@ def passes() -> None:
     """List the passes that a recipe can use, with their options."""
     from headwise.pipeline.catalogue import passes_table
 
-    _show(passes_table())
+    show(passes_table())
 
 
 @main.command()
@@ -258,16 +220,8 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-@contextmanager
-def _monitor() -> Iterator[Any]:
-    """Progress on the error output, so that the standard output holds the result alone; begins before torch loads."""
-    from rich.console import Console
-
-    from headwise.pipeline.monitor import RichMonitor
-
-    with RichMonitor(Console(stderr=True)) as monitor:
-        monitor.start("load")
-        yield monitor
+main.add_command(cost)
+main.add_command(generate)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:
@@ -278,16 +232,3 @@ def _tell_ci(report: Mapping[str, Any]) -> None:
     ci.add_summary(markdown(report))
     for line in ci.commands(ci.of_report(report)):
         click.echo(line)
-
-
-def _show(result: Any) -> None:
-    from rich.console import Console
-
-    Console().print(result)
-
-
-def _show_or_dump(found: Any, table: Callable[[Any], Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        _show(table(found))

@@ -1,0 +1,215 @@
+"""Decoder -> ONNX with the cache as inputs and outputs: one graph reads a prompt (empty past) and continues it.
+
+Shape letters: B batch, P tokens of the past, T tokens of a call, S all tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.export import Dim
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+from headwise.calibration.tasks import Examples
+from headwise.errors import ExportError
+from headwise.export.graph import clean_up, save_graph, signature
+from headwise.export.onnx import Case, ExportInfo, Parity, compare, not_traceable, to_onnx
+from headwise.export.ports import IDS, MASK, POSITIONS, axis_names, check_ports
+from headwise.export.precision import ExportSpec
+from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
+from headwise.export.tracing import caching, grouped_heads, quiet
+from headwise.model.cache import CacheLayout
+from headwise.model.decoder import positions, why_no_cache
+from headwise.model.forward import to_torch
+from headwise.model.view import ModelView
+from headwise.tolerances import ONNX_PARITY
+
+LOGITS = "logits"
+_PAST, _NEW = 4, 3
+"""Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+
+
+def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSpec) -> ExportInfo:
+    """Export a model as the recipe wants it: with its cache, see ``decoder_to_onnx``, or without, see ``to_onnx``."""
+    batch = examples.example_batch()
+    if caches(view, batch, spec.cache):
+        return decoder_to_onnx(view, batch[IDS], path, opset=spec.opset)
+    return to_onnx(view.module, batch, path, dynamic=examples.dynamic_axes(), opset=spec.opset)
+
+
+def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["auto"] | bool) -> bool:
+    """Whether a model is to be exported with its cache.
+
+    Args:
+        view: the model.
+        batch: what it is fed; token ids, with a mask or positions or without.
+        wanted: ``export.cache`` of the recipe.
+
+    Raises:
+        ExportError: the recipe asks for a cache that the model does not have.
+    """
+    foreign = sorted(set(batch) - {IDS, MASK, POSITIONS})
+    refusal = why_no_cache(view) or (f"it is fed {', '.join(foreign)} beside tokens" if foreign else "")
+    if wanted is True and refusal:
+        raise ExportError(
+            f"export.cache is true, but {refusal}",
+            expected="a causal language model whose layers cache keys and values",
+            fix="set export.cache to auto or false",
+        )
+    return bool(wanted) and not refusal
+
+
+def decoder_to_onnx(
+    view: ModelView,
+    ids: NDArray[Any],
+    path: Path,
+    *,
+    opset: int = 23,
+    tolerance: float = ONNX_PARITY,
+) -> ExportInfo:
+    """Export a decoder that caches, and check the graph against the module: prompts, single tokens, padding.
+
+    The graph takes ``input_ids`` and ``position_ids`` (B, T), ``attention_mask`` (B, S) and the past of every layer. It
+    returns ``logits`` (B, T, vocabulary) and the present: the past with the tokens of this call behind it.
+
+    Args:
+        view: a model that ``caches``, in eval mode, on the CPU, in fp32.
+        ids: (B, T) token ids.
+        path: the ONNX file; weights past the limit of protobuf go to a file beside it.
+        opset: of the default domain; 23 is the first with ``Attention``.
+        tolerance: largest absolute difference, relative to the largest output where that is above 1.
+
+    Raises:
+        ExportError: the exporter gave up, the graph's inputs and outputs are not those of the layout, or it disagrees
+            with the module.
+    """
+    module: Any = view.module
+    layout = view.layout.cache
+    ids = _tokens(ids)
+    inputs = _behind_cached_tokens(view, ids)
+    try:
+        with quiet(), caching(module, True), grouped_heads(), torch.no_grad():
+            program = OnnxExporter().export(module, inputs, config=_config(layout, opset)).program
+    except Exception as error:  # the exporter raises anything, from TypeError to internal assertions
+        raise not_traceable(module, error) from error
+    _name_ports(program.graph, layout)
+    names = axis_names(layout)
+    dynamic = {name: tuple(axes) for name, axes in names.items()}
+    clean_up(program, inputs=list(names), outputs=[LOGITS, *layout.present()], dynamic=dynamic, names=names)
+    check_ports(program.graph, layout)
+    save_graph(program, path)
+    return ExportInfo(
+        inputs={str(value.name): signature(value) for value in program.graph.inputs},
+        outputs={str(value.name): signature(value) for value in program.graph.outputs},
+        opset=program.opset_imports[""],
+        nodes=dict(sorted(Counter(node.op_type for node in program.graph).items())),
+        parity=check_decoder(view, path, ids, tolerance),
+    )
+
+
+def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: float = ONNX_PARITY) -> tuple[Parity, ...]:
+    """Compare a graph on ONNX Runtime with its module that reads all tokens at once, without a cache.
+
+    Args:
+        view: the model that was exported.
+        path: the graph.
+        ids: (B, S) tokens; rows but the first are padded on the left, then on the right.
+        tolerance: largest absolute difference, relative to the largest output where that is above 1.
+
+    Raises:
+        ExportError: logits of real tokens, or what is cached, differ by more.
+    """
+    rows = len(ids)
+    padding = np.minimum(np.arange(rows), ids.shape[1] - 1)[:, None]
+    column = np.arange(ids.shape[1])[None]
+    left, right = (column >= padding).astype(np.int64), (column < ids.shape[1] - padding).astype(np.int64)
+    every, several, single = [ids.shape[1]], [_PAST, ids.shape[1] - _PAST], [2, *[1] * (ids.shape[1] - 2)]
+    cases = [
+        ("prompt, padded on the left", ids, left, every),
+        ("prompt, padded on the right", ids, right, every),
+        ("in two parts", ids, left, several),
+        ("token by token", ids, left, single),
+        ("token by token, one row", ids[:1], left[:1], single),
+    ]
+    found = []
+    with OrtDecoder(path) as graph:
+        for label, tokens, mask, steps in cases:
+            reference = TorchDecoder(view)
+            expected = {LOGITS: _read(reference, tokens, mask, every), **reference.cached()}
+            actual = {LOGITS: _read(graph, tokens, mask, steps), **graph.cached()}
+            shape = f"{'x'.join(map(str, tokens.shape))} {label}"
+            compared = [
+                compare(Case(output=name, shape=shape), _real(array, mask), _real(actual[name], mask), tolerance)
+                for name, array in expected.items()
+            ]
+            # Of what is cached, the worst says enough.
+            found += [compared[0], max(compared[1:], key=lambda parity: parity.max_abs)]
+    return tuple(found)
+
+
+def _read(decoder: Decoder, ids: NDArray[Any], mask: NDArray[Any], steps: Sequence[int]) -> NDArray[Any]:
+    """(B, S, vocabulary) logits of all tokens, from calls with this many tokens each."""
+    decoder.begin(len(ids))
+    logits, start = [], 0
+    for step in steps:
+        end = start + step
+        logits.append(decoder(ids[:, start:end], mask[:, :end], positions(mask[:, :end], step)))
+        start = end
+    return np.concatenate(logits, axis=1)
+
+
+def _real(output: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
+    """(tokens, ...) what an output, (B, S, ...) or (B, heads, S, width), says of tokens that are no padding."""
+    tokens = np.moveaxis(output, -2, 1)
+    return np.asarray(tokens[mask.astype(bool)]) if tokens.shape[:2] == mask.shape else output
+
+
+def _tokens(ids: NDArray[Any]) -> NDArray[np.int64]:
+    """(2, P + T) tokens of the sample, repeated where its rows are shorter."""
+    rows = ids[:2] if len(ids) > 1 else np.repeat(ids, 2, axis=0)
+    return np.ascontiguousarray(rows[:, np.arange(_PAST + _NEW) % rows.shape[1]], dtype=np.int64)
+
+
+def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, Any]:
+    """The inputs of a call behind ``_PAST`` cached tokens; the second row is padded on the left."""
+    mask = np.ones_like(ids)
+    mask[1, 0] = 0
+    decoder = TorchDecoder(view)
+    _read(decoder, ids[:, :_PAST], mask[:, :_PAST], [_PAST])
+    arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, _NEW)}
+    return {**to_torch(arrays), "past_key_values": decoder.cache}
+
+
+def _config(layout: CacheLayout, opset: int) -> OnnxConfig:
+    names = axis_names(layout)
+    axes = {name: dict.fromkeys(varying, Dim.AUTO) for name, varying in names.items()}
+    shapes: dict[str, Any] = {name: axes[name] for name in (IDS, MASK, POSITIONS)}
+    # A cache is traced as the list of its tensors.
+    shapes["past_key_values"] = [axes[name] for name in layout.past()]
+    return OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
+
+
+def _name_ports(graph: Any, layout: CacheLayout) -> None:
+    """Give the tensors of the cache their names; the exporter's names are paths into transformers' cache."""
+    slots = [
+        (index, slot) for index, tensors in enumerate(layout.layers) for slot in ("keys", "values")[: len(tensors)]
+    ]
+    for values, side, names in (
+        (graph.inputs, "input", layout.past()),
+        (graph.outputs, "output", layout.present()),
+    ):
+        ours = dict(zip(slots, names, strict=True))
+        known = {
+            f"{prefix}past_key_values.layers.{index}.{slot}": name
+            for (index, slot), name in ours.items()
+            for prefix in ("", f"{side}.")
+        }
+        for value in values:
+            value.name = known.get(str(value.name), value.name)
