@@ -17,6 +17,7 @@ from conftest import VOCABULARY, make_model, randomize
 from headwise.errors import DataError, ExportError
 from headwise.export.decoder import caches, check_decoder, decoder_to_onnx
 from headwise.export.generate import generate, likeliest, sampled
+from headwise.export.kv import find_cached, fold_channels
 from headwise.export.onnx import ExportInfo
 from headwise.export.ports import check_ports, first_call
 from headwise.export.precision import ExportSpec, convert_precision
@@ -263,6 +264,22 @@ def test_half_precision_halves_the_cache_and_keeps_the_text(decoder: Exported, t
     convert_precision(decoder.path, tmp_path / "brain.onnx", "bf16")
     brain = onnx.load(str(tmp_path / "brain.onnx")).graph
     assert {v.type.tensor_type.elem_type for v in brain.output} == {onnx.TensorProto.BFLOAT16}
+
+
+def test_channels_of_the_cache_can_be_scaled_as_the_past_comes_back_scaled(decoder: Exported, tmp_path: Path) -> None:
+    model = onnx.load(str(decoder.path))
+    cached = {entry.name: entry for entry in find_cached(model)}
+    assert {name: len(entry.pairs) for name, entry in cached.items()} == {
+        **{f"present.{layer}.key": HEAD_DIM // 2 for layer in (0, 1)},
+        **{f"present.{layer}.value": 0 for layer in (0, 1)},
+    }
+    exponents = {n: np.tile(np.arange(HEAD_DIM // 2) % 3, 2 * entry.heads) for n, entry in cached.items()}
+    assert fold_channels(model, exponents) == set(cached)
+    onnx.save(model, str(tmp_path / "scaled.onnx"))
+    with OrtDecoder(tmp_path / "scaled.onnx", threads=1) as scaled, OrtDecoder(decoder.path, threads=1) as plain:
+        assert generate(scaled, PROMPTS, new_tokens=20) == generate(plain, PROMPTS, new_tokens=20)
+        ratio = np.abs(plain.cached()["present.0.key"]).sum() / np.abs(scaled.cached()["present.0.key"]).sum()
+    assert 1.2 < ratio < 4
 
 
 def test_profiles_take_prompts_with_no_past_and_single_tokens_with_any(decoder: Exported) -> None:
