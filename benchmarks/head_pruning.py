@@ -10,34 +10,38 @@ Three commands, each of which writes its part of OUT.json and all of OUT.md; ben
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
+from common import (
+    Bench,
+    Calibration,
+    Results,
+    Row,
+    best,
+    both,
+    common,
+    language_bench,
+    rule,
+    sts_bench,
+    sts_files,
+    table,
+    threads,
+)
 from pydantic import PrivateAttr
 
-from headwise.calibration.data import DataSpec, Table, load_table, sample
+from headwise.calibration.data import Table, sample
 from headwise.calibration.stats import HeadStats, Stat, collect
-from headwise.calibration.tasks import Examples, LanguageOptions, SimilarityOptions, Task, make_task
-from headwise.export.runners import TorchRunner
-from headwise.gates.cost import device_name
-from headwise.gates.measure import Predictions, measure, predict
-from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.calibration.tasks import Examples
 from headwise.model.edits import EditPlan
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.prune_heads import PruneHeads
-
-Row = dict[str, Any]
 
 RATIOS = (0.25, 0.50, 0.66)
 ZEROED = {"fold_mean": False, "refit": False}
@@ -52,9 +56,6 @@ SCORES: tuple[Row, ...] = (
     {"score": "fisher"},
     {"score": "gauss-newton"},
 )
-TIE = 0.3
-"""Points of Spearman on STS-B dev that count as a tie; among ties fidelity decides."""
-
 LANGUAGE_SCORES = (*RANDOM, {"score": "contribution"}, {"score": "gauss-newton"})
 LANGUAGE_RATIOS = (0.25, 0.50)
 LANGUAGE_RECOVERIES: Mapping[str, Row] = {"zeroed": ZEROED, "refit, ridge 1": {}, "refit, ridge 0.01": {"ridge": 0.01}}
@@ -91,108 +92,48 @@ class Planned(PruneHeads):
         return self._made
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """Calibration samples, and every text in them."""
-
-    examples: Examples
-    texts: Set[str]
-
-
-@dataclass(kw_only=True)
-class Bench:
-    """A checkpoint, its task, and the samples of every split with the untouched model's predictions on them.
-
-    Attributes:
-        texts: split -> the texts of every sample.
-    """
-
-    checkpoint: Checkpoint
-    task: Task
-    examples: Mapping[str, Examples]
-    texts: Mapping[str, Sequence[tuple[str, ...]]]
-    reference: dict[str, Predictions] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.reference = {split: self.predict(self.checkpoint, split) for split in self.examples}
-
-    def calibration(self, table: Table) -> Calibration:
-        texts = {text for column in table.columns.values() for text in column if isinstance(text, str)}
-        return Calibration(examples=self.task.encode(table, self.checkpoint), texts=texts)
-
-    def predict(self, checkpoint: Checkpoint, split: str) -> Predictions:
-        with TorchRunner(checkpoint.module) as runner:
-            return predict(runner, self.task, self.examples[split])
-
-    def evaluate(self, checkpoint: Checkpoint, splits: Iterable[str], seen: Set[str]) -> Row:
-        """Per split: the task's metric on all samples, closeness to the untouched model on those without seen texts."""
-        row: Row = {}
-        for split in splits:
-            fresh = np.array([seen.isdisjoint(texts) for texts in self.texts[split]])
-            found = measure(self.task, self.examples[split], self.reference[split], self.predict(checkpoint, split))
-            row[split] = {found[0].metric: found[0].values()[1], "unseen": int(fresh.sum())}
-            row[split] |= {m.metric: float(m.candidate[fresh].mean()) for m in found[1:]}
-        return row
-
-    def prune(self, view: ModelView, pass_: PruneHeads, stats: HeadStats, calibration: Examples) -> list[list[int]]:
-        """Prune in place. The kv heads that every layer keeps, which are its query heads where none is shared."""
-        planned = Planned(**pass_.model_dump())
-        planned._made = pass_.plan(view, stats)
-        run_pass(planned, view, self.checkpoint.copy().view(), self.task, calibration)
-        return [list(layer.kv) for layer in view.layout.attention]
-
-    def measure_cells(
-        self, calibration: Calibration, cells: Sequence[tuple[str, PruneHeads]], splits: Sequence[str]
-    ) -> list[Row]:
-        """Every (recovery, pass) on a copy of the model, from one collection of statistics."""
-        needs = frozenset[Stat]().union(*(pass_.needs() for _, pass_ in cells))
-        stats = collect(self.checkpoint.copy().view(), self.task, calibration.examples, needs)
-        rows = []
-        for recovery, pass_ in cells:
-            candidate = self.checkpoint.copy()
-            row = {"recovery": recovery, **pass_.model_dump()}
-            row["kept"] = self.prune(candidate.view(), pass_, stats, calibration.examples)
-            rows.append(row | self.evaluate(candidate, splits, calibration.texts))
-            say(rows[-1])
-        return rows
-
-    def measure_setting(self, train: Table, setting: Setting, ratio: float, splits: Sequence[str]) -> Row:
-        """One row of the options grid. Each step collects statistics on the model that the step before it left."""
-        start = time.perf_counter()
-        calibration = self.calibration(sample(train, setting.samples, seed=0))
-        candidate = self.checkpoint.copy()
-        view = candidate.view()
-        heads = sum(len(layer.query) for layer in view.layout.attention)
-        for step in setting.steps:
-            left = sum(len(layer.query) for layer in view.layout.attention)
-            gone = left - heads + round(step * ratio * heads)
-            options = {"ratio": gone / left, "score": setting.score, "ridge": setting.ridge}
-            pass_ = PruneHeads.model_validate(options)
-            stats = collect(view, self.task, calibration.examples, pass_.needs(), draws=setting.draws)
-            kept = self.prune(view, pass_, stats, calibration.examples)
-        row = {**asdict(setting), "ratio": ratio, "kept": kept, "seconds": time.perf_counter() - start}
-        row |= self.evaluate(candidate, splits, calibration.texts)
-        say(row)
-        return row
+def prune(bench: Bench, view: ModelView, pass_: PruneHeads, stats: HeadStats, calibration: Examples) -> list[list[int]]:
+    """Prune in place. The kv heads that every layer keeps, which are its query heads where none is shared."""
+    planned = Planned(**pass_.model_dump())
+    planned._made = pass_.plan(view, stats)
+    run_pass(planned, view, bench.checkpoint.copy().view(), bench.task, calibration)
+    return [list(layer.kv) for layer in view.layout.attention]
 
 
-def sts_bench(model: str, files: Mapping[str, str]) -> tuple[Bench, Table]:
-    """The bench on dev and test, and the training table."""
-    columns: dict[str, str | int] = {"first": 5, "second": 6, "score": 4}
-    specs = {name: DataSpec(path=path, delimiter="\t", header=False, columns=columns) for name, path in files.items()}
-    checkpoint = load_checkpoint(model)
-    task = make_task(SimilarityOptions(type="sentence-similarity", data=specs["test"]))
-    tables = {name: load_table(spec, task.roles()) for name, spec in specs.items()}
-    train = tables.pop("train")
-    texts = {name: list(zip(t.columns["first"], t.columns["second"], strict=True)) for name, t in tables.items()}
-    examples = {name: task.encode(table, checkpoint) for name, table in tables.items()}
-    return Bench(checkpoint=checkpoint, task=task, examples=examples, texts=texts), train
+def measure_cells(
+    bench: Bench, calibration: Calibration, cells: Sequence[tuple[str, PruneHeads]], splits: Sequence[str]
+) -> list[Row]:
+    """Every (recovery, pass) on a copy of the model, from one collection of statistics."""
+    needs = frozenset[Stat]().union(*(pass_.needs() for _, pass_ in cells))
+    stats = collect(bench.checkpoint.copy().view(), bench.task, calibration.examples, needs)
+    rows = []
+    for recovery, pass_ in cells:
+        candidate = bench.checkpoint.copy()
+        row = {"recovery": recovery, **pass_.model_dump()}
+        row["kept"] = prune(bench, candidate.view(), pass_, stats, calibration.examples)
+        rows.append(row | bench.evaluate(candidate, splits, calibration.texts))
+        say(rows[-1])
+    return rows
 
 
-def best(rows: Sequence[Row]) -> Row:
-    """The row to recommend, by dev alone: the highest fidelity among those within TIE of the highest Spearman."""
-    top = max(row["dev"]["spearman"] for row in rows)
-    return max((row for row in rows if row["dev"]["spearman"] >= top - TIE), key=lambda row: row["dev"]["fidelity"])
+def measure_setting(bench: Bench, train: Table, setting: Setting, ratio: float, splits: Sequence[str]) -> Row:
+    """One row of the options grid. Each step collects statistics on the model that the step before it left."""
+    start = time.perf_counter()
+    calibration = bench.calibration(sample(train, setting.samples, seed=0))
+    candidate = bench.checkpoint.copy()
+    view = candidate.view()
+    heads = sum(len(layer.query) for layer in view.layout.attention)
+    for step in setting.steps:
+        left = sum(len(layer.query) for layer in view.layout.attention)
+        gone = left - heads + round(step * ratio * heads)
+        options = {"ratio": gone / left, "score": setting.score, "ridge": setting.ridge}
+        pass_ = PruneHeads.model_validate(options)
+        stats = collect(view, bench.task, calibration.examples, pass_.needs(), draws=setting.draws)
+        kept = prune(bench, view, pass_, stats, calibration.examples)
+    row = {**asdict(setting), "ratio": ratio, "kept": kept, "seconds": time.perf_counter() - start}
+    row |= bench.evaluate(candidate, splits, calibration.texts)
+    say(row)
+    return row
 
 
 def cells_of(
@@ -214,46 +155,35 @@ def say(row: Row) -> None:
 
 
 @click.group()
-@click.option("--threads", default=1, show_default=True, help="CPU threads for torch.")
+@threads
 def main(threads: int) -> None:
     """Measure head pruning; every command writes its part of OUT.json and all of OUT.md."""
     torch.set_num_threads(threads)
 
 
-def common(command: Callable[..., None]) -> Callable[..., None]:
-    command = click.option("--model", required=True, help="Checkpoint.")(command)
-    return click.option("--out", type=click.Path(path_type=Path), required=True, help="Results, no suffix.")(command)
-
-
-def sts_files(command: Callable[..., None]) -> Callable[..., None]:
-    for split in ("test", "dev", "train"):
-        command = click.option(f"--{split}", required=True, help=f"sts-{split}.csv as distributed.")(command)
-    return command
-
-
 @main.command()
 @common
-@sts_files
+@sts_files("train", "dev", "test")
 @click.option("--samples", default=512, show_default=True, help="Calibration pairs.")
 def scores(out: Path, model: str, samples: int, **files: str) -> None:
     """All scores x shares x recoveries."""
     bench, train = sts_bench(model, files)
     calibration = bench.calibration(sample(train, samples, seed=0))
-    rows = bench.measure_cells(calibration, cells_of(SCORES, RATIOS, RECOVERIES), ("dev", "test"))
-    save(out, "scores", bench, {"samples": samples, "rows": rows})
+    rows = measure_cells(bench, calibration, cells_of(SCORES, RATIOS, RECOVERIES), ("dev", "test"))
+    RESULTS.save(out, "scores", {**bench.facts(), "samples": samples, "rows": rows})
 
 
 @main.command()
 @common
-@sts_files
+@sts_files("train", "dev", "test")
 @click.option("--ratio", default=0.5, show_default=True, help="Share of heads at which the options are chosen.")
 def options(out: Path, model: str, ratio: float, **files: str) -> None:
     """Calibration size, ridge, draws and steps, chosen on dev; the choice at every share."""
     bench, train = sts_bench(model, files)
-    grid = [bench.measure_setting(train, setting, ratio, ("dev",)) for setting in GRID]
+    grid = [measure_setting(bench, train, setting, ratio, ("dev",)) for setting in GRID]
     choice = GRID[grid.index(best(grid))]
-    chosen = [bench.measure_setting(train, choice, share, ("dev", "test")) for share in RATIOS]
-    save(out, "options", bench, {"grid": grid, "chosen": chosen})
+    chosen = [measure_setting(bench, train, choice, share, ("dev", "test")) for share in RATIOS]
+    RESULTS.save(out, "options", {**bench.facts(), "grid": grid, "chosen": chosen})
 
 
 @main.command()
@@ -263,40 +193,20 @@ def options(out: Path, model: str, ratio: float, **files: str) -> None:
 @click.option("--samples", default=128, show_default=True, help="Calibration documents, those that follow.")
 def language(out: Path, model: str, text: str, judged: int, samples: int) -> None:
     """Whole kv groups of a causal language model."""
-    spec = DataSpec(path=text, format="text", separator="<|endoftext|>")
-    checkpoint, task = load_checkpoint(model), make_task(LanguageOptions(type="language-modeling", data=spec))
-    documents = load_table(spec, task.roles())
-    test = task.encode(documents.select(range(judged)), checkpoint)
-    # A window is not the text that it was cut from: that no window occurs in both sets is counted below.
-    bench = Bench(checkpoint=checkpoint, task=task, examples={"test": test}, texts={"test": [()] * len(test)})
+    bench, documents = language_bench(model, text, {"test": range(judged)})
     calibration = bench.calibration(documents.select(range(judged, judged + samples)))
-    rows = bench.measure_cells(calibration, cells_of(LANGUAGE_SCORES, LANGUAGE_RATIOS, LANGUAGE_RECOVERIES), ("test",))
-    content = {"judged": judged, "samples": samples, "shared": calibration.examples.shared_with(test), "rows": rows}
-    save(out, "language", bench, content)
+    rows = measure_cells(bench, calibration, cells_of(LANGUAGE_SCORES, LANGUAGE_RATIOS, LANGUAGE_RECOVERIES), ("test",))
+    content = {
+        **bench.facts(),
+        "judged": judged,
+        "samples": samples,
+        "shared": calibration.examples.shared_with(bench.examples["test"]),
+        "rows": rows,
+    }
+    RESULTS.save(out, "language", content)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def save(out: Path, part: str, bench: Bench, content: Row) -> None:
-    """Put one part into OUT.json, with what is needed to repeat it, and write OUT.md from all parts."""
-    path = out.with_suffix(".json")
-    parts = json.loads(path.read_text()) if path.exists() else {}
-    packages = ("headwise", "torch", "transformers", "numpy", "scipy")
-    parts[part] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "checkpoint": bench.checkpoint.digest,
-        "data": {name: {"samples": len(e), "digest": e.digest} for name, e in bench.examples.items()},
-        "untouched": bench.evaluate(bench.checkpoint, bench.examples, set()),
-        **content,
-    }
-    path.write_text(json.dumps(parts, indent=1) + "\n")
-    writers = {"scores": scores_text, "options": options_text, "language": language_text}
-    texts = [writer(parts[name]) + origin(parts[name]) for name, writer in writers.items() if name in parts]
-    out.with_suffix(".md").write_text("# Head pruning without training\n\n" + "\n".join(texts))
 
 
 def scores_text(part: Row) -> str:
@@ -360,30 +270,18 @@ def language_text(part: Row) -> str:
     )
 
 
-def rule() -> str:
-    return f"within {TIE} points of the highest dev Spearman, the highest dev fidelity"
-
-
 def average(rows: Sequence[Row], split: str) -> Row:
     return {metric: float(np.mean([row[split][metric] for row in rows])) for metric in rows[0][split]}
-
-
-def both(found: Row) -> str:
-    return f"{found['spearman']:.2f} / {found['fidelity']:.4f}"
 
 
 def heads(row: Row) -> str:
     return " ".join(str(len(layer)) for layer in row["kept"])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def origin(part: Row) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
-    return f"\nMeasured on {part['device']}, {part['threads']} thread(s), with {versions}:\n\n    {part['command']}\n"
-
+RESULTS = Results(
+    title="Head pruning without training",
+    writers={"scores": scores_text, "options": options_text, "language": language_text},
+)
 
 if __name__ == "__main__":
     main()

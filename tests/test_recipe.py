@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from headwise.calibration.tasks import FidelityOptions
 from headwise.cli import main
 from headwise.errors import DataError, HeadwiseError, RecipeError, TargetError
-from headwise.passes import PASSES
+from headwise.passes import PASSES, STEPS
 from headwise.pipeline.recipe import Recipe, load_recipe
 from headwise.pipeline.run import compress
 
+ROOT = Path(__file__).parents[1]
 DATA = {"path": "test.npz"}
 FULL: dict[str, Any] = {
     "task": {"type": "sentence-similarity", "metric": "spearman", "data": DATA},
@@ -99,6 +100,22 @@ def test_every_default() -> None:
     }
 
 
+def test_the_recipes_of_the_repository_are_valid() -> None:
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        recipe = load_recipe(path)
+        assert recipe.passes
+        assert Path(recipe.task.data.path).parent == path.parent
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "passes").glob("*.md")), ids=lambda page: page.stem)
+def test_the_page_of_a_pass_names_every_option(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    missing = [name for name in STEPS[page.stem].model_fields if f"`{name}`" not in text]
+    assert not missing
+
+
 def test_defaults_of_calibration_and_passes() -> None:
     recipe = load_recipe(
         {
@@ -107,7 +124,7 @@ def test_defaults_of_calibration_and_passes() -> None:
             "passes": [{"prune-heads": {"ratio": 0.5}}],
         }
     ).to_json()
-    assert (recipe["calibration"]["samples"], recipe["calibration"]["seed"]) == (512, 0)
+    assert (recipe["calibration"]["samples"], recipe["calibration"]["seed"]) == (2048, 0)
     assert recipe["passes"] == [
         {
             "prune-heads": {

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import Cache
 
 from headwise.calibration.refit import OutputFit, error, observe, solve, target
 from headwise.calibration.tasks import Examples
 from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
+from headwise.model.access import watched_input
 from headwise.model.forward import to_torch
 from headwise.model.surgery import ValueHeads, other_values
-from headwise.model.view import ModelView, Projections
+from headwise.model.view import AttentionView, ModelView, Projections
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 _STEPS = 50
 _CLOSE = 1e-8
 """Conjugate gradients end after so many steps, or where the squared residual is this part of the first one."""
@@ -70,11 +74,13 @@ def fit_values(
     ours, theirs = student.attention[layer], teacher.attention[layer]
     old = ours.read()
     problem = _Problem(old, kvs=len(missed.weight), ridge=ridge)
+    calls: list[_Call] = []
     for batch in examples.batches(batch_size):
         inputs = to_torch(batch.inputs)
-        own = observe(student, ours, inputs)
+        with ours.watch_calls(lambda args, kwargs: calls.append((args, kwargs))):
+            own = observe(student, ours, inputs)
         with other_values(ours, missed):
-            taken = observe(student, ours, inputs).features
+            taken = _repeated(ours, calls.pop())
         wanted = target(ours, own, observe(teacher, theirs, inputs))
         mask = valid_mask(batch, ours.family)
         problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
@@ -102,6 +108,22 @@ def fit_values(
             after=problem.error(),
         ),
     )
+
+
+def _repeated(layer: AttentionView, call: _Call) -> torch.Tensor:
+    """Head outputs, (B, T, F), for the inputs of a call, without the layers before it.
+
+    Without its cache too, which holds the keys and values of that call already.
+    """
+    args, kwargs = call
+    heads: list[torch.Tensor] = []
+    with watched_input(layer.output, heads.append), torch.inference_mode():
+        layer.module(*map(_uncached, args), **{name: _uncached(value) for name, value in kwargs.items()})
+    return heads[0]
+
+
+def _uncached(value: Any) -> Any:
+    return None if isinstance(value, Cache) else value
 
 
 class _Problem:

@@ -35,8 +35,9 @@ class ClusterHeadsPass(Pass):
     first 5 tokens, as in the paper: only scores are saved. Online is for decoders, with ``affinity: maps``."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
-    ridge: float = Field(default=1.0, gt=0)
-    """Pull of the refit towards the present weights, in units of the mean squared head output."""
+    ridge: float = Field(default=0.1, gt=0)
+    """Pull of the refit towards the present weights, in units of the mean squared head output; the fewer the
+    calibration samples, the stronger it should be."""
 
     @model_validator(mode="after")
     def _one_size(self) -> ClusterHeadsPass:

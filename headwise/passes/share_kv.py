@@ -58,8 +58,9 @@ class ShareKVHeads(Pass):
     """Scale shared heads to the mean norm of their members (align, mean, first)."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
-    ridge: float = Field(default=0.1, gt=0)
-    """Pull of the refit towards the present weights, in units of the mean squared head output."""
+    ridge: float = Field(default=0.01, gt=0)
+    """Pull of the refit towards the present weights, in units of the mean squared head output; the fewer the
+    calibration samples, the stronger it should be."""
     rounds: int = Field(default=3, ge=0)
     """How often the refit also solves the shared value heads, in turn with the output projections."""
     seed: int = 0

@@ -40,8 +40,9 @@ class CalibrationSpec(Spec):
 
     data: DataSpec
     """Where they come from; of the same form as those of the task."""
-    samples: int = Field(default=512, ge=1)
-    """How many samples to draw at random; all of them where there are fewer."""
+    samples: int = Field(default=2048, ge=1)
+    """How many samples to draw at random; all of them where there are fewer. It is their tokens that make a refit hold
+    on other texts: short sentences need this many, pages of text or images fewer."""
     seed: int = 0
     """Seed of the draw."""
 
@@ -100,7 +101,7 @@ class Recipe(Spec):
             raise RecipeError(
                 "the recipe has passes but no calibration",
                 expected="samples that passes can look at, and that are not those of the task",
-                fix="add calibration: {data: ..., samples: 512}",
+                fix="add calibration: {data: ...}",
             )
         if any(isinstance(pass_, Quantize) for pass_ in self.passes[:-1]):
             raise RecipeError(
