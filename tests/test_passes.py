@@ -23,7 +23,10 @@ from headwise.passes.prune_heads import PruneHeads
 from headwise.pipeline.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
-OPTIONS = {"prune-heads": {"ratio": 0.5}, "share-kv": {"ratio": 0.5}, "cluster-heads": {"ratio": 0.5}}
+OPTIONS = {
+    **{name: {"ratio": 0.5} for name in ("prune-heads", "prune-mlp", "share-kv", "cluster-heads")},
+    "prune": {"macs": 0.85},
+}
 """Options for passes that have required ones."""
 INSTEAD = {("share-kv", family): {"ratio": 0.5, "merge": "mean"} for family in NORMALISED}
 """Where a family needs other options; that the usual ones are refused is tested with the pass."""

@@ -10,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 import torch
 
+from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
@@ -56,6 +58,14 @@ class Stat(StrEnum):
     NEURON_SIZE = "neuron-size"
     """Per MLP (F,): mean over tokens of the absolute value of what a neuron gives."""
 
+    FEATURE_MOMENT = "feature-moment"
+    """Per attention layer, then per MLP, (F + 1, F + 1): mean over tokens of ``x x^T``, x = what the projection behind
+    heads or neurons reads with a 1 behind it."""
+
+    OUTPUT_CURVATURE = "output-curvature"
+    """Per attention layer, then per MLP, (D, D): how much the signal depends on what that projection writes, see
+    ``calibration.features``; needs no labels."""
+
     MACS = "macs"
     """Multiply-accumulates for one sample: of one unit of heads of every attention layer, of one neuron of every MLP,
     and (1,) of the whole model; see ``calibration.work``."""
@@ -79,6 +89,9 @@ WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
 MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
+LABELLED = frozenset({Stat.LOSS_GRADIENT, Stat.UNIT_FISHER})
+RUNS = UNITS | {Stat.OUTPUT_CURVATURE}
+"""Statistics that take a run of their own, behind the one for all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +145,17 @@ def collect(
     sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
-        if progress is not None and not units:
+        if progress is not None and not asked & RUNS:
             progress(len(batch.samples))
     values = sums.values(len(examples))
+    given: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     if units:
         means = Means(heads=values[Stat.HEAD_MEAN], neurons=values[Stat.NEURON_MEAN])
         for stat in sorted(units):
             chosen = Draws(count=draws, seed=seed) if stat == Stat.UNIT_GAUSS_NEWTON else None
-            values[stat] = unit_gradients(view, task, examples, means, chosen, batch_size=batch_size, progress=progress)
+            values[stat] = unit_gradients(view, task, examples, means, chosen, **given)
+    if Stat.OUTPUT_CURVATURE in asked:
+        values[Stat.OUTPUT_CURVATURE] = output_curvature(view, task, examples, seed=seed, **given)
     if Stat.MACS in asked:
         work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
         values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
@@ -176,6 +192,7 @@ class _Sums:
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
         self.neurons = NeuronSums(view)
+        self.features = FeatureMoments(view)
         self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
@@ -186,6 +203,8 @@ class _Sums:
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
             if self.needs & NEURONS:
                 stack.enter_context(self.neurons.watched(batch))
+            if Stat.FEATURE_MOMENT in self.needs:
+                stack.enter_context(self.features.watched(batch))
             for layer in self.view.attention:
                 family = layer.family
                 mask = valid_mask(batch, family)
@@ -249,6 +268,8 @@ class _Sums:
             every[Stat.NEURON_MEAN] = self.neurons.mean()
         if Stat.NEURON_SIZE in self.needs:
             every[Stat.NEURON_SIZE] = self.neurons.size()
+        if Stat.FEATURE_MOMENT in self.needs:
+            every[Stat.FEATURE_MOMENT] = self.features.means()
         for stat, moments in (
             (Stat.INPUT_MOMENT, self.moments),
             (Stat.QUERY_MOMENT, self.moments | self.query_moments),

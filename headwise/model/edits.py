@@ -262,12 +262,15 @@ class EditPlan:
     Attributes:
         edits: in the order in which they are made.
         scores: the numbers that the decision rests on.
-        notes: layer -> what there is to know about its edit, or why it has none, in words.
+        notes: layer -> what there is to know about its edit, or why it has none, in words; ``mlp_notes``: of MLPs.
+        summary: what there is to know about the plan as a whole; empty where the edits say it all.
     """
 
     edits: tuple[Edit, ...]
     scores: Scores | None = field(default=None)
     notes: Mapping[int, str] = field(default_factory=dict)
+    mlp_notes: Mapping[int, str] = field(default_factory=dict)
+    summary: str = ""
 
     def check(self, layout: Layout) -> None:
         """Raise PlanError, naming the layer, unless every edit can be made in this order."""
@@ -295,12 +298,19 @@ class EditPlan:
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()
-        notes = {str(layer): note for layer, note in self.notes.items()}
-        return {"edits": [edit.to_json() for edit in self.edits], "scores": scores, "notes": notes}
+        return {
+            "edits": [edit.to_json() for edit in self.edits],
+            "scores": scores,
+            "notes": {str(layer): note for layer, note in self.notes.items()},
+            "mlp_notes": {str(layer): note for layer, note in self.mlp_notes.items()},
+            "summary": self.summary,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EditPlan:
         edits = tuple(EDITS[edit["type"]].from_json(edit) for edit in data["edits"])
         scores = None if data.get("scores") is None else Scores.from_json(data["scores"])
-        notes = {int(layer): note for layer, note in data.get("notes", {}).items()}
-        return cls(edits=edits, scores=scores, notes=notes)
+        notes, mlp_notes = (
+            {int(layer): note for layer, note in data.get(name, {}).items()} for name in ("notes", "mlp_notes")
+        )
+        return cls(edits=edits, scores=scores, notes=notes, mlp_notes=mlp_notes, summary=data.get("summary", ""))

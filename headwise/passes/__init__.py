@@ -6,11 +6,15 @@ from collections.abc import Mapping
 
 from headwise.passes.base import Pass
 from headwise.passes.cluster_heads import ClusterHeadsPass
+from headwise.passes.prune import Prune
 from headwise.passes.prune_heads import PruneHeads
+from headwise.passes.prune_mlp import PruneMlp
 from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 
-PASSES: Mapping[str, type[Pass]] = {cls.name: cls for cls in (PruneHeads, ShareKVHeads, ClusterHeadsPass)}
+PASSES: Mapping[str, type[Pass]] = {
+    cls.name: cls for cls in (PruneHeads, PruneMlp, Prune, ShareKVHeads, ClusterHeadsPass)
+}
 """Passes that edit the model: name in a recipe -> pass."""
 
 STEPS: Mapping[str, type[Pass] | type[Quantize]] = {**PASSES, Quantize.name: Quantize}

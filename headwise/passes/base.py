@@ -103,6 +103,7 @@ def make_plan(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    sequence: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
@@ -110,7 +111,8 @@ def make_plan(
     recovery = pass_.recovery()
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
-    stats = collect(view, task, examples, needs, batch_size=batch_size, seed=seed, progress=report)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
+    stats = collect(view, task, examples, needs, **options)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -136,6 +138,7 @@ def run_pass(
     *,
     seed: int = 0,
     batch_size: int = 32,
+    sequence: int | None = None,
     progress: Progress | None = None,
 ) -> PassRecord:
     """Apply a pass to ``view`` in place.
@@ -148,6 +151,7 @@ def run_pass(
         examples: calibration samples.
         seed: seed of every random draw.
         batch_size: calibration samples per batch.
+        sequence: tokens of the sample that multiply-accumulates are counted for; None: 128, or what the model can take.
         progress: see ``Progress``.
 
     Raises:
@@ -156,7 +160,8 @@ def run_pass(
     """
     start = time.perf_counter()
     before = view.layout
-    plan, stats = make_plan(pass_, view, task, examples, seed=seed, batch_size=batch_size, progress=progress)
+    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, sequence=sequence, **shared)
     batch = examples.example_batch()
     inputs = to_torch(batch)
     payloads = pass_.payloads(view, stats, plan)
@@ -173,8 +178,7 @@ def run_pass(
             fold(view, means)
         if recovery.refit:
             missed = {plan.edits[position].layer: payload.missed for position, payload in payloads.items()}
-            options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-            fits = refit(view, teacher, plan, recovery, examples, missed=missed, **options)
+            fits = refit(view, teacher, plan, recovery, examples, missed=missed, **shared)
     if _versions(view) != bystanders:
         raise SurgeryError(
             "a weight outside the attention layers and MLPs changed",

@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
-from headwise.model.edits import DropNeurons, EditPlan
+from headwise.model.edits import EditPlan
 from headwise.model.view import ModelView
-from headwise.passes import scores as importance
 from headwise.passes.base import Pass
+from headwise.passes.elimination import Order
 from headwise.passes.ladder import climb, rungs, step_ends
+from headwise.passes.orders import NEEDS, UnitScore, neuron_edits, neuron_notes, neuron_orders
 from headwise.passes.recovery import Recovery
-
-Score = Literal["gauss-newton", "fisher", "contribution", "weight-norm", "random"]
-
-_NEEDS: dict[str, frozenset[Stat]] = {
-    "gauss-newton": frozenset({Stat.UNIT_GAUSS_NEWTON}),
-    "fisher": frozenset({Stat.UNIT_FISHER}),
-    "contribution": frozenset({Stat.NEURON_SIZE}),
-    "weight-norm": frozenset(),
-    "random": frozenset(),
-}
 
 
 class PruneMlp(Pass):
@@ -33,15 +23,16 @@ class PruneMlp(Pass):
 
     name: ClassVar[str] = "prune-mlp"
     summary: ClassVar[str] = "remove the MLP neurons that matter least, from up, gate and down projection"
-    paper: ClassVar[str] = "arXiv 2204.09656, 2504.21174"
+    paper: ClassVar[str] = "arXiv 2204.09656, 2302.04089, 2504.21174"
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all neurons to remove, from 0 to below 1."""
     widths: int | tuple[int, ...] | None = None
     """Instead of ratio: neurons that stay, one number for all MLPs (those that have fewer keep theirs) or one each."""
-    score: Score = "gauss-newton"
-    """How important a neuron is: ``gauss-newton`` (label-free, what its removal does to the outputs), ``fisher`` (needs
-    labels), ``contribution`` through the down projection, ``weight-norm`` (no data), ``random``."""
+    score: UnitScore = "reconstruction"
+    """How important a neuron is: ``reconstruction`` (label-free, what the outputs lose after a refit), ``gauss-newton``
+    (label-free, what they lose without), ``fisher`` (the same for the loss, needs labels), ``contribution`` through the
+    down projection, ``weight-norm`` (no data), ``random``."""
     scope: Literal["model", "layer"] = "model"
     """With ratio: rank all neurons of the model together, or remove the same share in every layer."""
     round_to: int = Field(default=8, ge=1)
@@ -65,7 +56,7 @@ class PruneMlp(Pass):
         return self
 
     def needs(self) -> frozenset[Stat]:
-        return _NEEDS[self.score]
+        return NEEDS[self.score]
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, parts=frozenset({"mlp"}))
@@ -77,45 +68,28 @@ class PruneMlp(Pass):
                 expected="a family record with an mlp entry, or linear1 and linear2 in the block of a plain module",
                 fix="see `headwise inspect`; prune-heads works on this model",
             )
-        costs = self._costs(view, stats)
-        orders = [torch.argsort(cost, stable=True).tolist() for cost in costs]
-        gone = self._by_width(view) if self.ratio is None else self._by_ratio(costs, orders)
-        edits = tuple(
-            DropNeurons(layer=mlp.index, neurons=tuple(sorted(mlp.layout.neurons[i] for i in order[:count])))
-            for mlp, order, count in zip(view.mlp, orders, gone, strict=True)
-            if count
-        )
+        orders = neuron_orders(view, stats, self.score, seed=self.seed, at_once=self.round_to)
+        gone = self._by_width(view) if self.ratio is None else self._by_ratio(orders)
+        edits = neuron_edits(view, orders, gone)
         if not edits and self.ratio != 0:
             raise PlanError(
                 "no MLP would lose a neuron",
                 expected=f"a ratio that removes at least one step of {self.round_to} neurons, or smaller widths",
                 fix="raise the ratio, lower widths or round_to, or leave the pass out",
             )
-        return EditPlan(edits=edits)
+        return EditPlan(edits=edits, mlp_notes=neuron_notes(view, orders, gone, self.score))
 
-    def _costs(self, view: ModelView, stats: HeadStats) -> list[torch.Tensor]:
-        """Per MLP (F,), higher is more important."""
-        if self.score == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            return [importance.random(len(mlp.layout.neurons), generator) for mlp in view.mlp]
-        if self.score == "weight-norm":
-            return [importance.neuron_weight_norm(mlp.read()) for mlp in view.mlp]
-        if self.score == "contribution":
-            return [importance.neuron_contribution(m.read(), stats[Stat.NEURON_SIZE][m.index]) for m in view.mlp]
-        stat = Stat.UNIT_FISHER if self.score == "fisher" else Stat.UNIT_GAUSS_NEWTON
-        return list(stats[stat][len(view.attention) :])
-
-    def _by_ratio(self, costs: Sequence[torch.Tensor], orders: Sequence[list[int]]) -> list[int]:
+    def _by_ratio(self, orders: Sequence[Order]) -> list[int]:
         """Neurons to remove per MLP."""
-        assert self.ratio is not None
+        assert self.ratio is not None, "validated: without widths there is a ratio"
         ladders = [
-            rungs(order, cost[order].tolist(), step_ends(len(order), self.round_to, self.round_to), 1)
-            for cost, order in zip(costs, orders, strict=True)
+            rungs(order.units, order.costs, step_ends(len(order.units), self.round_to, self.round_to), 1)
+            for order in orders
         ]
         groups = [[index] for index in range(len(ladders))] if self.scope == "layer" else [list(range(len(ladders)))]
         gone = [0] * len(ladders)
         for group in groups:
-            budget = round(self.ratio * sum(len(orders[index]) for index in group))
+            budget = round(self.ratio * sum(len(orders[index].units) for index in group))
             for index, count in zip(group, climb([ladders[i] for i in group], budget, at_least=False), strict=True):
                 gone[index] = sum(len(rung.units) for rung in ladders[index][:count])
         return gone

@@ -150,8 +150,7 @@ class Gatekeeper:
 
     def cost_row(self) -> dict[str, Any]:
         """One sample, as long as engines are optimised for."""
-        sequence = self.workspace.recipe.export.sequence
-        return cost_row(self.workspace.checkpoint.module, self.workspace.examples, sequence.opt if sequence else None)
+        return cost_row(self.workspace.checkpoint.module, self.workspace.examples, self.workspace.sequence)
 
     def _predict(self, runner: Runner) -> Predictions:
         examples, recipe = self.workspace.examples, self.workspace.recipe
@@ -166,5 +165,5 @@ class Gatekeeper:
             "batch_size": recipe.batch_size,
             # Candidate and reference are measured on the same machine, also when the folder is moved to another one.
             "device": device_name(),
-            "sequence": None if recipe.export.sequence is None else recipe.export.sequence.opt,
+            "sequence": self.workspace.sequence,
         }

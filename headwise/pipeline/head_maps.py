@@ -56,11 +56,17 @@ class HeadMap:
 
 
 def head_maps(report: Report) -> list[HeadMap]:
-    """One map per pass stage that has a record; all have as many columns as the first one needs."""
-    stages = [stage for stage in report["stages"] if "plan" in (stage.get("record") or {})]
+    """One map per pass stage that is about heads; all have as many columns as the first one needs."""
+    stages = [stage for stage in report["stages"] if "plan" in (stage.get("record") or {}) and _of_heads(stage)]
     first = Layout.from_json(stages[0]["record"]["before"]).attention if stages else ()
     columns = 1 + max((head for layer in first for head in layer.query), default=0)
     return [_head_map(stage, columns) for stage in stages]
+
+
+def _of_heads(stage: Stage) -> bool:
+    """Whether a pass has more to say than which neurons went."""
+    edits = stage["record"]["plan"]["edits"]
+    return not edits or any(edit["type"] != "drop-neurons" for edit in edits)
 
 
 def _head_map(stage: Stage, columns: int) -> HeadMap:

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.model.checkpoint import load_checkpoint
-from headwise.model.layout import AttentionLayout
+from headwise.model.layout import Layout
 from headwise.passes.base import make_plan, run_pass
 from headwise.pipeline.head_maps import describe
 from headwise.pipeline.monitor import Monitor, Silent, Steps
+from headwise.pipeline.neuron_tables import PLANNED, neuron_rows, removes_neurons
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.workspace import Workspace
 
@@ -37,6 +38,7 @@ def plan_passes(
         shared: dict[str, Any] = {
             "seed": resolved.seed,
             "batch_size": resolved.batch_size,
+            "sequence": workspace.sequence,
             "progress": Steps(watcher, len(workspace.calibration)),
         }
         plan, _ = make_plan(pass_, edited, workspace.task, workspace.calibration, **shared)
@@ -58,32 +60,47 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> RenderableType:
     """The same for a terminal: per layer the counts before and after, and what would become of which head."""
     parts: list[RenderableType] = [] if plans else [Text("the recipe has no passes")]
     for entry in plans:
-        table = Table("layer", "query heads", "kv heads", _heading(entry["plan"]))
-        for layer, (before, after) in enumerate(_layers(entry)):
-            counts = (f"{len(before[key])} -> {len(after[key])}" for key in ("query", "kv"))
-            table.add_row(str(layer), *counts, _heads(entry["plan"], layer, before, after))
-        parts += [Text(_title(entry), style="bold"), table]
+        parts.append(Text(_title(entry), style="bold"))
+        if entry["plan"]["summary"]:
+            parts.append(Text(entry["plan"]["summary"]))
+        if entry["before"]["attention"] != entry["after"]["attention"] or not removes_neurons(entry["plan"]):
+            parts.append(_head_table(entry))
+        if removes_neurons(entry["plan"]):
+            table = Table(*PLANNED)
+            for row in neuron_rows(entry):
+                table.add_row(*row)
+            parts.append(table)
     return Group(*parts)
 
 
+def _head_table(entry: dict[str, Any]) -> Table:
+    table = Table("layer", "query heads", "kv heads", _heading(entry["plan"]))
+    for layer, (before, after) in enumerate(_layers(entry)):
+        counts = (f"{len(before[key])} -> {len(after[key])}" for key in ("query", "kv"))
+        table.add_row(str(layer), *counts, _heads(entry["plan"], layer, before, after))
+    return table
+
+
 def _title(entry: dict[str, Any]) -> str:
-    before, after = (_counts(entry[when]["attention"]) for when in ("before", "after"))
+    before, after = (_counts(entry[when]) for when in ("before", "after"))
     gone = {name: had - after[name] for name, had in before.items() if had > after[name]}
     if "query heads" in gone or "kv heads" in gone:
         # Queries and keys went with their heads.
-        gone = {name: count for name, count in gone.items() if name.endswith("heads")}
+        gone = {name: count for name, count in gone.items() if name.endswith(("heads", "neurons"))}
     counts = ", ".join(f"{count} of {before[name]} {name}" for name, count in gone.items())
     return f"{entry['pass']}: {counts or 'nothing'} would go"
 
 
-def _counts(layers: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _counts(layout: dict[str, Any]) -> dict[str, int]:
     """What all layers have together; a clustered layer has fewer queries and keys than heads."""
-    layouts = [AttentionLayout.from_json(layer) for layer in layers]
+    found = Layout.from_json(layout)
+    layouts = found.attention
     return {
-        "query heads": sum(len(layout.query) for layout in layouts),
-        "kv heads": sum(len(layout.kv) for layout in layouts),
-        "queries": sum(len(layout.scoring) for layout in layouts),
-        "keys": sum(len(layout.keyed) for layout in layouts),
+        "query heads": sum(len(entry.query) for entry in layouts),
+        "kv heads": sum(len(entry.kv) for entry in layouts),
+        "queries": sum(len(entry.scoring) for entry in layouts),
+        "keys": sum(len(entry.keyed) for entry in layouts),
+        "neurons": sum(len(mlp.neurons) for mlp in found.mlp),
     }
 
 

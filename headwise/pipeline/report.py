@@ -19,7 +19,8 @@ from headwise.artifacts import write_atomic
 from headwise.errors import DataError
 from headwise.pipeline import summary
 from headwise.pipeline.head_maps import head_maps
-from headwise.pipeline.matrix_tables import matrix_tables
+from headwise.pipeline.matrix_tables import MatrixTable, matrix_tables
+from headwise.pipeline.neuron_tables import NeuronTable, neuron_tables
 from headwise.pipeline.report_html import html
 from headwise.pipeline.summary import COSTS, Report, Stage
 
@@ -180,7 +181,9 @@ def markdown(report: Report) -> str:
         "A drop is the loss against the untouched model on the same samples; a negative drop is a gain.",
         "",
     ]
-    lines += _markdown_cost(report) + _markdown_heads(report) + _markdown_matrices(report) + _markdown_engines(report)
+    lines += _markdown_cost(report) + _markdown_heads(report)
+    lines += _markdown_tables("Neurons", neuron_tables(report))
+    lines += _markdown_tables("Quantized matrices", matrix_tables(report)) + _markdown_engines(report)
     found = summary.problems(report)
     if found:
         lines += ["## What did not pass, or did not run", ""]
@@ -213,10 +216,10 @@ def _markdown_heads(report: Report) -> list[str]:
     return lines
 
 
-def _markdown_matrices(report: Report) -> list[str]:
+def _markdown_tables(title: str, tables: Sequence[MatrixTable | NeuronTable]) -> list[str]:
     lines = []
-    for table in matrix_tables(report):
-        lines += [f"## Quantized matrices: {_escape(table.stage)}", "", f"{_escape(table.headline)}.", ""]
+    for table in tables:
+        lines += [f"## {title}: {_escape(table.stage)}", "", f"{_escape(table.headline)}.", ""]
         lines += markdown_table(table.headings, table.rows)
     return lines
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from headwise.pipeline import plots, summary
 from headwise.pipeline.head_maps import head_maps
 from headwise.pipeline.matrix_tables import matrix_tables
+from headwise.pipeline.neuron_tables import neuron_tables
 from headwise.pipeline.summary import COSTS, Report
 
 
@@ -26,7 +27,7 @@ def html(report: Report) -> str:
         rows=list(summary.accuracy_rows(report)),
         figures=figures,
         heads=heads,
-        matrices=matrix_tables(report),
+        tables={"Neurons": neuron_tables(report), "Quantized matrices": matrix_tables(report)},
         costs={name: COSTS[name] for name in summary.cost_columns(report)},
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
         text=summary,

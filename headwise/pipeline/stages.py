@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Artifact
+from headwise.calibration.stats import Stat
 from headwise.errors import MachineError
 from headwise.export.cuda import gpu
 from headwise.export.decoder import export_model
@@ -87,6 +88,7 @@ class Stages:
                 "task": recipe.task.model_dump(mode="json", exclude={"data"}),
                 "seed": recipe.seed,
                 "batch_size": recipe.batch_size,
+                "sequence": self.workspace.sequence if Stat.MACS in pass_.needs() else None,
                 "checkpoint": self.workspace.checkpoint.digest,
                 **versions("torch"),
             }
@@ -265,6 +267,7 @@ class Stages:
             workspace.calibration,
             seed=workspace.recipe.seed,
             batch_size=workspace.recipe.batch_size,
+            sequence=workspace.sequence,
             progress=Steps(self.monitor, len(workspace.calibration)),
         )
         save_checkpoint(checkpoint, view, folder / MODEL)

@@ -134,13 +134,15 @@ def amount(name: str, value: float) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """What the numbers rest on: how latencies were measured, and how exact surgery and export were."""
+    """What the numbers rest on: how latencies were measured, budgets spent, and how exact surgery and export were."""
     return [f"Latency: {note}" for note in _latency_notes(report)] + list(_exactness_notes(report))
 
 
 def _exactness_notes(report: Report) -> Iterator[str]:
     for stage in report["stages"]:
         record = stage.get("record") or {}
+        if record.get("plan", {}).get("summary"):
+            yield f"{stage['name']}: {record['plan']['summary']}"
         if record.get("twin_error") is not None:
             yield f"{stage['name']}: the edited model differs from its exact twin by {record['twin_error']:.1g} at most"
         if record.get("parity"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from headwise.artifacts import digest_json
 from headwise.calibration.data import load_table, sample
-from headwise.calibration.stats import Stat
+from headwise.calibration.stats import LABELLED
 from headwise.calibration.tasks import Examples, Task, make_task
 from headwise.errors import DataError, RecipeError, did_you_mean
 from headwise.model.checkpoint import Checkpoint
@@ -51,11 +51,17 @@ class Workspace:
         """The calibration samples; with labels only where a pass needs them."""
         spec = self.recipe.calibration
         assert spec is not None, "a recipe with passes has calibration data"
-        labels = any(Stat.LOSS_GRADIENT in pass_.needs() for pass_ in self.recipe.edits)
+        labels = any(pass_.needs() & LABELLED for pass_ in self.recipe.edits)
         table = sample(load_table(spec.data, self.task.roles(labels=labels)), spec.samples, spec.seed)
         examples = self.task.encode(table, self.checkpoint, labels=labels)
         self.calibration_digest = table.digest if labels else examples.digest
         return examples
+
+    @property
+    def sequence(self) -> int | None:
+        """Tokens of the sample that costs are counted for; None where the recipe does not say."""
+        sequence = self.recipe.export.sequence
+        return None if sequence is None else sequence.opt
 
     def _refuse_shared_samples(self) -> None:
         seen = self.examples.shared_with(self.calibration)
