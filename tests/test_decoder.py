@@ -29,7 +29,7 @@ from headwise.export.tensorrt import build_engine
 from headwise.gates.cost import graph_cost
 from headwise.model import surgery
 from headwise.model.cache import CacheLayout, CacheTensor, next_past
-from headwise.model.decoder import positions, why_no_cache
+from headwise.model.decoder import empty_past, make_cache, positions, read_cache, why_no_cache
 from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
 from headwise.model.view import ModelView
 
@@ -144,6 +144,24 @@ def test_a_layer_that_reads_the_cache_of_another_has_no_inputs_of_its_own() -> N
     assert list(layout.past()) == ["past_key_values.0.latent", "past_key_values.2.key"]
     assert list(map(next_past, layout.present())) == list(layout.past())
     assert layout.numbers == 6 + 8
+
+
+def test_a_layer_caches_up_to_two_tensors_of_any_shape() -> None:
+    latent, key = CacheTensor(name="latent", shape=(6,)), CacheTensor(name="rotary_key", shape=(2, 4))
+    layout = CacheLayout(layers=((latent,), (), (latent, key)))
+    cache = make_cache(layout, empty_past(layout, 3))
+    new = {tensor: torch.randn([int(dim) for dim in tensor.dims(3, 2)]) for tensor in (latent, key)}
+    for total in (2, 4):
+        alone, nothing = cache.update(new[latent], new[latent][..., :0], 0)
+        assert (alone.shape, nothing.shape) == ((3, total, 6), (3, total, 0))
+        both = cache.update(new[latent], new[key], 2)
+        assert [tensor.shape for tensor in both] == [(3, total, 6), (3, 2, total, 4)]
+    found = read_cache(layout, cache)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: tensor.dims(3, 4) for name, tensor in layout.present().items()
+    }
+    again = make_cache(layout, {next_past(name): tensor for name, tensor in found.items()})
+    assert again.get_seq_length() == 4
 
 
 def test_positions_are_counted_from_the_first_real_token() -> None:
