@@ -58,7 +58,8 @@ def make_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> Dynamic
     """
     cache = DynamicCache()
     for index, tensors in enumerate(layout.layers):
-        layer = SingleTensorLayer() if len(tensors) == 1 else DynamicLayer()
+        kind: Any = SingleTensorLayer if len(tensors) == 1 else DynamicLayer
+        layer = kind()
         given = [past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors]
         if given:
             layer.lazy_initialization(given[0], given[-1])
