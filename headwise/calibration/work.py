@@ -14,7 +14,7 @@ import torch
 from headwise.errors import PlanError
 from headwise.model import surgery
 from headwise.model.counting import count_macs
-from headwise.model.edits import DropHeads, DropNeurons, EditPlan
+from headwise.model.edits import DropHeads, DropNeurons, Edit, EditPlan
 from headwise.model.view import ModelView
 
 
@@ -58,7 +58,7 @@ def count_work(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> Work:
 def _one_each(view: ModelView) -> EditPlan:
     heads = [DropHeads(layer=layer.index, query=layer.layout.units()[0]) for layer in view.attention]
     neurons = [DropNeurons(layer=mlp.index, neurons=mlp.layout.neurons[:1]) for mlp in view.mlp]
-    every = [*heads, *neurons]
+    every: list[Edit] = [*heads, *neurons]
     return EditPlan(edits=tuple(edit for edit in every if _possible(EditPlan(edits=(edit,)), view)))
 
 
