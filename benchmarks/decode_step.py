@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,41 @@ from headwise.export.runners import open_session, session_inputs
 from headwise.gates.cost import device_name
 from headwise.model import surgery
 from headwise.model.cache import is_past
-from headwise.model.edits import EditPlan, ShareKV
+from headwise.model.edits import ShareKV
+from headwise.model.latent_attention import Form, latent_form
+from headwise.model.layout import AttentionLayout
 from headwise.model.view import ModelView
 
 HEADS, HEAD_DIM, WIDTH, LAYERS, HIDDEN, WORDS = 16, 64, 1024, 4, 2816, 4096
 CONTEXTS = (512, 2048, 8192)
-VARIANTS = {"dense": 16, "GQA, 4 kv heads": 4, "MQA, 1 kv head": 1}
-"""Kv heads per layer, of 16 query heads."""
+LATENT, ROTARY = 192, 64
+Edit = Callable[[AttentionLayout], AttentionLayout]
 
 
-def make(kv_heads: int, path: Path) -> ModelView:
-    """Export a model with random weights whose layers share kv heads."""
+def grouped(kv_heads: int) -> Edit:
+    """A layer whose query heads share so many kv heads."""
+    size = HEADS // kv_heads
+    groups = tuple(tuple(range(start, start + size)) for start in range(0, HEADS, size))
+    return ShareKV(layer=0, groups=groups).apply
+
+
+def latent(layout: AttentionLayout) -> AttentionLayout:
+    """A layer that caches a latent and one rotary key for all heads: as many numbers as two kv heads."""
+    return replace(layout, latent=LATENT, rotary=ROTARY, unrotated=HEAD_DIM)
+
+
+VARIANTS: dict[str, tuple[Edit | None, Form]] = {
+    "dense": (None, "auto"),
+    "GQA, 4 kv heads": (grouped(4), "auto"),
+    "MQA, 1 kv head": (grouped(1), "auto"),
+    "MLA, latent 192 and rotary 64, absorbed": (latent, "absorbed"),
+    "MLA, the same, not absorbed": (latent, "unabsorbed"),
+}
+"""What becomes of a layer of 16 kv heads, and how latents are computed with."""
+
+
+def make(edit: Edit | None, form: Form, path: Path) -> ModelView:
+    """Export a model with random weights."""
     config = transformers.LlamaConfig(
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
@@ -48,15 +74,13 @@ def make(kv_heads: int, path: Path) -> ModelView:
     )
     torch.manual_seed(0)
     view = ModelView.of(transformers.LlamaForCausalLM(config).eval().requires_grad_(False))
-    if kv_heads < HEADS:
-        size = HEADS // kv_heads
-        groups = tuple(tuple(range(start, start + size)) for start in range(0, HEADS, size))
-        plan = EditPlan(edits=tuple(ShareKV(layer=i, groups=groups) for i in range(LAYERS)))
-        surgery.reshape(view, plan.predict(view.layout))
+    if edit is not None:
+        layout = view.layout
+        surgery.reshape(view, replace(layout, attention=tuple(map(edit, layout.attention))))
         for parameter in view.module.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02)
-    if not path.exists():
+    with latent_form(form):
         decoder_to_onnx(view, np.array([[5, 9, 7], [3, 8, 6]]), path)
     return view
 
@@ -99,9 +123,9 @@ def main(out: Path, work: Path, rounds: int, threads: int) -> None:
     """Time one step of every variant at every context."""
     work.mkdir(parents=True, exist_ok=True)
     sessions, cached = {}, {}
-    for name, kv_heads in VARIANTS.items():
-        path = work / f"kv{kv_heads}.onnx"
-        cached[name] = make(kv_heads, path).layout.cache.numbers
+    for index, (name, (edit, form)) in enumerate(VARIANTS.items()):
+        path = work / f"variant{index}.onnx"
+        cached[name] = make(edit, form, path).layout.cache.numbers
         sessions[name] = open_session(path, threads=threads)
     rows = []
     for context in CONTEXTS:

@@ -38,11 +38,11 @@ def generate(artifact: str, prompts: tuple[str, ...], prompts_file: Path | None,
 
     A decoder's graph is exported with its cache, so that a token costs one call with one token.
     """
-    from headwise.pipeline.generation import Sampling, continue_prompts, open_writer, read_prompts
-
-    texts = [*prompts, *([] if prompts_file is None else read_prompts(prompts_file))]
-    sampling = Sampling(**{name: options[name] for name in ("temperature", "top_k", "seed")})
     with progress():
+        from headwise.pipeline.generation import Sampling, continue_prompts, open_writer, read_prompts
+
+        texts = [*prompts, *([] if prompts_file is None else read_prompts(prompts_file))]
+        sampling = Sampling(**{name: options[name] for name in ("temperature", "top_k", "seed")})
         writer = open_writer(artifact, runtime=options["runtime"], tokenizer=options["tokenizer"])
     live = not as_json and len(texts) == 1
     if live:
