@@ -32,9 +32,6 @@ def why_no_cache(view: ModelView) -> str:
     if numbers != list(range(len(numbers))):
         return "not every layer has a place of its own in the cache"
     online = [str(layer.index) for layer in view.attention if layer.layout.online]
-    alone = [str(layer.index) for layer in view.attention if len(layer.layout.cached) == 1]
-    if alone:
-        return f"layers {', '.join(alone)} cache one tensor, and the caches of transformers hold two"
     if online:
         return f"layers {', '.join(online)} form their clusters from the first tokens, which later calls do not see"
     return ""
