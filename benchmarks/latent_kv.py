@@ -9,27 +9,20 @@ Two commands, each of which writes its part of OUT.json and all of OUT.md; bench
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from head_pruning import Bench, Calibration, Row, common, origin, sts_bench, table
+from common import Bench, Calibration, Results, Row, common, language_bench, sts_bench, sts_files, table, threads
 from pydantic import PrivateAttr
 from torch import nn
 
-from headwise.calibration.data import DataSpec, load_table, sample
+from headwise.calibration.data import sample
 from headwise.calibration.stats import HeadStats, Stat, collect
-from headwise.calibration.tasks import LanguageOptions, make_task
-from headwise.gates.cost import device_name
 from headwise.model.access import hooked
-from headwise.model.checkpoint import load_checkpoint
 from headwise.model.edits import EditPlan
 from headwise.model.latent import LatentKeys
 from headwise.model.surgery import Payloads
@@ -144,7 +137,7 @@ def largest_latents(bench: Bench, candidate: Any, calibration: Calibration) -> d
 
 
 @click.group()
-@click.option("--threads", default=1, show_default=True, help="CPU threads for torch.")
+@threads
 def main(threads: int) -> None:
     """Measure latents and shared layers; every command writes its part of OUT.json and all of OUT.md."""
     torch.set_num_threads(threads)
@@ -152,8 +145,7 @@ def main(threads: int) -> None:
 
 @main.command()
 @common
-@click.option("--train", required=True, help="sts-train.csv as distributed.")
-@click.option("--test", required=True, help="sts-test.csv as distributed.")
+@sts_files("train", "test")
 @click.option("--samples", default=2048, show_default=True, help="Calibration pairs for the statistics.")
 @click.option("--refit-samples", default=512, show_default=True, help="Calibration pairs for refits.")
 def sts(out: Path, model: str, samples: int, refit_samples: int, **files: str) -> None:
@@ -166,6 +158,7 @@ def sts(out: Path, model: str, samples: int, refit_samples: int, **files: str) -
     few = bench.calibration(sample(train, refit_samples, seed=0))
     seen = calibration.texts | few.texts
     rows: list[Row] = []
+    facts = bench.facts()
     plain = [("latent-kv", options) for options in LATENT] + [("share-layers", options) for options in SHARED]
     for name, options in (*plain, *REFITTED):
         pass_: Any = (PreparedLatent if name == "latent-kv" else PreparedLayers).model_validate(options)
@@ -178,29 +171,28 @@ def sts(out: Path, model: str, samples: int, refit_samples: int, **files: str) -
             # Half the bytes of the float16 numbers that shares are counted in.
             rows.append({**row, "share": row["share"] / 2, "int8": True, **found})
             click.echo(json.dumps(rows[-1]), err=True)
-        save(out, "sts", bench, {"samples": samples, "refit_samples": refit_samples, "rows": rows})
+        content = {**facts, "samples": samples, "refit_samples": refit_samples, "rows": rows}
+        RESULTS.save(out, "sts", content)
 
 
 @main.command()
 @common
 @click.option("--text", required=True, help="Documents separated by <|endoftext|>.")
-@click.option("--judged", default=200, show_default=True, help="Documents to measure, from the start of the file.")
-@click.option("--samples", default=128, show_default=True, help="Calibration documents, those that follow.")
+@click.option("--judged", default=50, show_default=True, help="Documents to measure, from the start of the file.")
+@click.option("--samples", default=48, show_default=True, help="Calibration documents, those that follow.")
 def language(out: Path, model: str, text: str, judged: int, samples: int) -> None:
     """Both routes to latent attention, beside fewer kv heads with as many bytes, of a causal language model."""
-    spec = DataSpec(path=text, format="text", separator="<|endoftext|>")
-    checkpoint, task = load_checkpoint(model), make_task(LanguageOptions(type="language-modeling", data=spec))
-    documents = load_table(spec, task.roles())
-    test = task.encode(documents.select(range(judged)), checkpoint)
-    bench = Bench(checkpoint=checkpoint, task=task, examples={"test": test}, texts={"test": [()] * len(test)})
+    bench, documents = language_bench(model, text, {"test": range(judged)})
     calibration = bench.calibration(documents.select(range(judged, judged + samples)))
     rows: list[Row] = []
-    for pass_ in language_passes(checkpoint.copy().view()):
+    shared = calibration.examples.shared_with(bench.examples["test"])
+    facts = bench.facts()
+    for pass_ in language_passes(bench.checkpoint.copy().view()):
         candidate, row = apply(bench, calibration, None, pass_)
         rows.append({**row, **bench.evaluate(candidate, ("test",), calibration.texts)})
         click.echo(json.dumps(rows[-1]), err=True)
-    content = {"judged": judged, "samples": samples, "shared": calibration.examples.shared_with(test), "rows": rows}
-    save(out, "language", bench, content)
+        content = {**facts, "judged": judged, "samples": samples, "shared": shared, "rows": rows}
+        RESULTS.save(out, "language", content)
 
 
 def language_passes(view: ModelView) -> list[Pass]:
@@ -212,40 +204,17 @@ def language_passes(view: ModelView) -> list[Pass]:
         heads = numbers // (2 * layout.head_dim)
         if heads:
             found.append(ShareKVHeads(kv_heads=heads))
-        for rotary in (r for r in (4, 8, 12, 16, 24) if r < numbers):
-            options = {"rotary": rotary, "rank": numbers - rotary}
-            found.append(LatentKVPass.model_validate({"route": "merge", **options}))
-            if rotary == 8:
-                paper = {"basis": "real", "select": "norm"}
-                found.append(LatentKVPass.model_validate({"route": "merge", **paper, **options}))
-            if rotary % (2 * len(layout.kv)) == 0:
-                found.append(LatentKVPass.model_validate({"route": "heads", **options}))
+        # A quarter of the numbers rotary was the best of 4, 8, 12, 16 and 24 at half the bytes.
+        merged = {"route": "merge", "rotary": max(2, numbers // 4)}
+        paper = {**merged, "basis": "real", "select": "norm"}
+        every = {"route": "heads", "rotary": 2 * len(layout.kv)}
+        for options in (merged, paper, every):
+            if options["rotary"] < numbers:
+                found.append(LatentKVPass.model_validate({"rank": numbers - options["rotary"], **options}))
     return found
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def save(out: Path, part: str, bench: Bench, content: Row) -> None:
-    """Put one part into OUT.json, with what is needed to repeat it, and write OUT.md from all parts."""
-    path = out.with_suffix(".json")
-    parts = json.loads(path.read_text()) if path.exists() else {}
-    packages = ("headwise", "torch", "transformers", "numpy", "scipy")
-    if "untouched" not in parts.get(part, {}) or len(content["rows"]) <= 1:
-        parts.setdefault(part, {})["untouched"] = bench.evaluate(bench.checkpoint, bench.examples, set())
-    parts[part] |= {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "checkpoint": bench.checkpoint.digest,
-        "data": {name: {"samples": len(e), "digest": e.digest} for name, e in bench.examples.items()},
-        **content,
-    }
-    path.write_text(json.dumps(parts, indent=1) + "\n")
-    writers = {"sts": sts_text, "language": language_text}
-    texts = [writer(parts[name]) + origin(parts[name]) for name, writer in writers.items() if name in parts]
-    out.with_suffix(".md").write_text("# Latent keys and values without training\n\n" + "\n".join(texts))
 
 
 def sts_text(part: Row) -> str:
@@ -295,6 +264,9 @@ def settings(options: Mapping[str, Any]) -> str:
     words = {True: "yes", False: "no"}
     found = [f"{key} {words.get(value, value) if isinstance(value, bool) else value}" for key, value in options.items()]
     return ", ".join(part if "." not in part else part[:14] for part in found) or "defaults"
+
+
+RESULTS = Results(title="Latent keys and values without training", writers={"sts": sts_text, "language": language_text})
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ class JointLatent:
 def spread_rank(latents: Sequence[torch.Tensor], budget: int, most: Sequence[int], least: int = 1) -> list[int]:
     """Numbers per layer, ``budget`` in all, each given to the layer that gains most by one more.
 
-    The gain is the share of what the layer still misses that the next number adds, held back where a layer has many
-    numbers already and favoured where it has few to go (arXiv 2603.17946).
+    The gain is the share of the layer's own energy that its next number adds.
 
     Args:
         latents: per layer the energies of ``JointLatent``.
@@ -102,9 +101,5 @@ def spread_rank(latents: Sequence[torch.Tensor], budget: int, most: Sequence[int
         open_layers = [i for i, limit in enumerate(most) if ranks[i] < limit]
         if not open_layers:
             break
-        ranks[max(open_layers, key=lambda i: (_gain(latents[i], ranks[i]), -i))] += 1
+        ranks[max(open_layers, key=lambda i: (float(latents[i][ranks[i]]), -i))] += 1
     return ranks
-
-
-def _gain(energy: torch.Tensor, rank: int) -> float:
-    return float(energy[rank])

@@ -161,13 +161,3 @@ def describe_latent(layer: AttentionView, problem: LatentProblem, rank: int) -> 
         f"{cost['dense']:,} before, {cost['unabsorbed']:,} now; absorbed {cost['absorbed']:,}, but "
         f"{cost['absorbed_pair']:,} instead of {cost['pair']:,} per pair of tokens"
     )
-
-
-def refuse_causal(layer: AttentionView) -> None:
-    """Raise PlanError for a layer that is run with a kv cache."""
-    if cached(layer):
-        raise PlanError(
-            f"layer {layer.index} ({layer.family.name}) is run with a kv cache",
-            expected="a layer whose keys and values are projected anew for every token",
-            fix="use share-kv for this model",
-        )

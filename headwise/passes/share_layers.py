@@ -18,7 +18,7 @@ from headwise.model.latent_surgery import LentHeads, affine
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
-from headwise.passes.latent_kv import refuse_causal
+from headwise.passes.latent_kv import cached
 from headwise.passes.latent_weights import LatentProblem, Reader
 from headwise.passes.recovery import Recovery
 
@@ -132,7 +132,7 @@ class ShareLayersPass(Pass):
         owner, *others = (view.attention[layer] for layer in group)
         for layer in (owner, *others):
             refuse_clustered(layer.index, layer.layout)
-            refuse_causal(layer)
+            _refuse_cached(layer)
         for other in others:
             alike = _kind(other) == _kind(owner) and owner.runs == other.runs == 1
             if not alike or other.index < owner.index:
@@ -162,6 +162,15 @@ class ShareLayersPass(Pass):
 def _kind(layer: AttentionView) -> str:
     """The same for all layers of one kind in one stack: the path without the block's number."""
     return re.sub(r"\d+", "*", layer.path)
+
+
+def _refuse_cached(layer: AttentionView) -> None:
+    if cached(layer):
+        raise PlanError(
+            f"layer {layer.index} ({layer.family.name}) is run with a kv cache",
+            expected="a layer of an encoder: caches of transformers have an entry for every layer",
+            fix="use share-kv or latent-kv for this model",
+        )
 
 
 def _heads(layer: AttentionView) -> tuple[int, int]:
