@@ -6,6 +6,7 @@ Each command writes its part of OUT.json and all of OUT.md; benchmarks/README.md
     python benchmarks/quantization.py formats --out OUT --work DIR --model DIR --train FILE --data TEST_FILE
     python benchmarks/quantization.py others  --out OUT --work DIR --model DIR --train FILE --data TEST_FILE \
         [--graph NAME=FILE]...
+    python benchmarks/quantization.py language --out OUT --work DIR --model DIR --train TEXT --data TEXT
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ from typing import Any
 import click
 import numpy as np
 import onnxruntime as ort
+from common import Row, table
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 import headwise
 from headwise.calibration.data import DataSpec, load_table, sample
 from headwise.calibration.tasks import SimilarityOptions, make_task
+from headwise.errors import ExportError
 from headwise.export.runners import OrtRunner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.measure import measure, predict
 from headwise.model.checkpoint import load_checkpoint
 
-Row = dict[str, Any]
-
 ALL = ("sm75", "sm86", "sm89", "sm120")
 AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
 PLAIN = {"smooth": None, "clip": False, "bias_correction": False}
-HALF = {"prune-heads": {"ratio": 0.5, "score": "gauss-newton"}}
+SEPARATOR = "<|endoftext|>"
+HALF = {"prune-heads": {"ratio": 0.5, "score": "contribution"}}
 FLOAT = {"matrices": {"*": "float"}}
 
 
@@ -101,6 +103,22 @@ OPTIONS = (
     ),
     *(Case(name=f"cpu: int8, smooth {s}", options={"smooth": s}, targets=("cpu",)) for s in (None, "auto")),
 )
+LANGUAGE = (
+    Case(name="fp16", options=None),
+    Case(name="int8, nothing else", options=PLAIN),
+    Case(name="int8", options={}),
+    Case(name="int8, weights only", options={"weights_only": True}),
+    Case(name="fp8", options={"format": "fp8"}),
+    Case(name="fp8, weights only", options={"format": "fp8", "weights_only": True}),
+    Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}),
+    Case(name="int4", options={"format": "int4"}),
+    Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}),
+    Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}),
+    Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}),
+    Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}),
+)
+JUDGED = 300
+"""Documents of the text that judge; as many calibration samples as asked for are drawn from those that follow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +146,35 @@ class Inputs:
             "gate": {"max_drop": 100, "on_fail": "warn"},
         }
 
+    def scores(self, metrics: Mapping[str, Row]) -> Row:
+        found = metrics["spearman"]
+        drop = found["reference"] - found["value"]
+        return {"spearman": found["value"], "drop": drop, "fidelity": metrics["fidelity"]["value"] / 100}
+
+
+class LanguageInputs(Inputs):
+    """The same for a language model and a text file."""
+
+    def recipe(self, case: Case) -> Row:
+        documents = self.data.read_text(encoding="utf-8").split(SEPARATOR)
+        files = {"judged": documents[:JUDGED], "calibration": documents[JUDGED:]}
+        for name, part in files.items():
+            (self.work / f"{name}.txt").write_text(SEPARATOR.join(part), encoding="utf-8")
+        data = {
+            name: {"path": str(self.work / f"{name}.txt"), "format": "text", "separator": SEPARATOR} for name in files
+        }
+        return {
+            **super().recipe(case),
+            "task": {"type": "language-modeling", "data": data["judged"]},
+            "calibration": {"data": data["calibration"], "samples": self.samples},
+            "export": {"cache": False},
+        }
+
+    def scores(self, metrics: Mapping[str, Row]) -> Row:
+        found = metrics["nats"]
+        drop = found["value"] - found["reference"]
+        return {"nats": found["value"], "drop": drop, "agreement": metrics["agreement"]["value"] / 100}
+
 
 def run_case(inputs: Inputs, case: Case) -> Row:
     """One run of the pipeline. Runs that begin alike share a folder, so that what they have in common is made once."""
@@ -135,13 +182,10 @@ def run_case(inputs: Inputs, case: Case) -> Row:
     found = headwise.compress(inputs.model, inputs.recipe(case), folder)
     stages = {stage["name"]: stage for stage in found.report["stages"]}
     judged = stages["cpu" if "cpu" in stages else "quantize" if "quantize" in stages else "fp16"]
-    scores = {metric["metric"]: metric for metric in judged["metrics"]}
     row = {
         "name": case.name,
         "passes": case.passes,
-        "spearman": scores["spearman"]["value"],
-        "drop": scores["spearman"]["reference"] - scores["spearman"]["value"],
-        "fidelity": scores["fidelity"]["value"] / 100,
+        **inputs.scores({metric["metric"]: metric for metric in judged["metrics"]}),
         "graph_mb": judged["cost"]["file_bytes"] / 1e6,
         "latency": judged["cost"].get("latency") if "cpu" in stages else None,
         "scales": (judged.get("record") or {}).get("scales"),
@@ -174,8 +218,8 @@ def measure_cases(inputs: Inputs, part: str, cases: Iterable[Case]) -> None:
 class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Calibration samples, one at a time, as ONNX Runtime's tools want them."""
 
-    def __init__(self, batches: Iterable[Mapping[str, Any]], names: set[str]) -> None:
-        self.batches = ({key: value for key, value in batch.items() if key in names} for batch in batches)
+    def __init__(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        self.batches = iter(batches)
 
     def get_next(self) -> Mapping[str, Any] | None:
         return next(self.batches, None)
@@ -189,37 +233,44 @@ def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
     task = make_task(SimilarityOptions(type="sentence-similarity", metric="spearman", data=data))
     examples = task.encode(load_table(data, task.roles()), checkpoint)
     train = load_table(DataSpec.model_validate(inputs.source(inputs.train)), task.roles(labels=False))
-    calibration = task.encode(sample(train, inputs.samples, 0), checkpoint)
+    calibration = task.encode(sample(train, inputs.samples, 0), checkpoint, labels=False)
     static = inputs.work / "quantize_static.onnx"
     names = {item.name for item in ort.InferenceSession(dense, providers=["CPUExecutionProvider"]).get_inputs()}
+    stored = [{key: value for key, value in batch.inputs.items() if key in names} for batch in calibration.batches(1)]
+    arrays = {f"{index}.{key}": value for index, batch in enumerate(stored) for key, value in batch.items()}
+    np.savez(inputs.work / "calibration.npz", **arrays)
     if not static.exists():
-        batches = (batch.inputs for batch in calibration.batches(1))
-        quantize_static(dense, static, Reader(batches, names), quant_format=QuantFormat.QDQ)
+        quantize_static(dense, static, Reader(stored), quant_format=QuantFormat.QDQ)
     with TorchRunner(checkpoint.module) as runner:
         reference = predict(runner, task, examples)
-    rows = []
-    for name, path in {"onnxruntime quantize_static, defaults": static, **graphs}.items():
+    one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
+
+    def judged(path: Path) -> Row:
         with OrtRunner(path) as runner:
             found = measure(task, examples, reference, predict(runner, task, examples))
         scores = {entry.metric: entry.values() for entry in found}
-        one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
         with OrtRunner(dense, threads=1) as first, OrtRunner(path, threads=1) as second:
             times = latency({"dense": first, "this": second}, one)
         before, after = scores["spearman"]
-        rows.append(
-            {
-                "name": name,
-                "spearman": after,
-                "drop": before - after,
-                "fidelity": scores["fidelity"][1] / 100,
-                "graph_mb": path.stat().st_size / 1e6,
-                "latency": {
-                    "median_ms": times["this"].median_ms,
-                    "reference_ms": times["dense"].median_ms,
-                    "ratio": times["this"].median_ms / times["dense"].median_ms,
-                },
-            }
-        )
+        ratio = times["this"].median_ms / times["dense"].median_ms
+        return {
+            "spearman": after,
+            "drop": before - after,
+            "fidelity": scores["fidelity"][1] / 100,
+            "latency": {
+                "median_ms": times["this"].median_ms,
+                "reference_ms": times["dense"].median_ms,
+                "ratio": ratio,
+            },
+        }
+
+    rows = []
+    for name, path in {"onnxruntime quantize_static, defaults": static, **graphs}.items():
+        try:
+            row = judged(path)
+        except ExportError as error:
+            row = {"error": error.found.replace(str(path), path.name)[:300]}
+        rows.append({"name": name, "graph_mb": path.stat().st_size / 1e6, **row})
         print(json.dumps(rows[-1]), flush=True)
     save(inputs, "others", {"rows": rows})
 
@@ -238,7 +289,7 @@ def save(inputs: Inputs, part: str, content: Row) -> None:
     packages = ("headwise", "torch", "transformers", "onnx", "onnxruntime", "tensorrt-rtx")
     versions = {name: version(name) for name in packages}
     parts[part] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *without(sys.argv, "--only")]),
         "versions": {"python": platform.python_version(), **versions},
         "device": device_name(),
         "data": inputs.data.name,
@@ -248,6 +299,17 @@ def save(inputs: Inputs, part: str, content: Row) -> None:
     inputs.out.with_suffix(".json").write_text(json.dumps(parts, indent=1) + "\n")
     texts = [WRITERS[name](parts[name]) + origin(parts[name]) for name in WRITERS if name in parts]
     inputs.out.with_suffix(".md").write_text("# Quantization without training\n\n" + "\n".join(texts))
+
+
+def without(arguments: Sequence[str], option: str) -> list[str]:
+    """Arguments without an option and its values: a part keeps the rows that were measured before."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest)
+        else:
+            kept.append(argument)
+    return kept
 
 
 def formats_text(part: Row) -> str:
@@ -293,13 +355,41 @@ def options_text(part: Row) -> str:
 
 
 def others_text(part: Row) -> str:
-    return "## Beside it: other tools on the same graph and samples\n\n" + table(
-        ["tool", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
-        [[row["name"], *score(row), *speed(row), size(row["graph_mb"])] for row in part["rows"]],
+    return (
+        "## Beside it: other tools on the same graph and samples\n\n"
+        + table(
+            ["tool", "Spearman", "drop", "fidelity", "ms", "fp32 ms", "times faster", "graph MB"],
+            [
+                [row["name"], *([*score(row), *speed(row)] if "error" not in row else ["-"] * 6), size(row["graph_mb"])]
+                for row in part["rows"]
+            ],
+        )
+        + "".join(f"\n{row['name']}: {row['error']}\n" for row in part["rows"] if "error" in row)
     )
 
 
-WRITERS = {"formats": formats_text, "others": others_text, "options": options_text}
+def language_text(part: Row) -> str:
+    return (
+        "## A language model\n\n"
+        f"Nats per token on the first {JUDGED} documents; calibration: {part['samples']} windows of those that follow. "
+        "Agreement is the share of positions whose most likely next token is that of the untouched model.\n\n"
+    ) + table(
+        ["format", "nats", "more than untouched", "agreement", "graph MB", "keys and values per channel"],
+        [
+            [
+                row["name"],
+                f"{row['nats']:.4f}",
+                f"{row['drop']:.4f}",
+                f"{row['agreement']:.4f}",
+                f"{row['graph_mb']:.3f}",
+            ]
+            + ([f"{row['kv']['per_channel']} of {row['kv']['tensors']}"] if row["kv"] else ["-"])
+            for row in part["rows"]
+        ],
+    )
+
+
+WRITERS = {"formats": formats_text, "others": others_text, "options": options_text, "language": language_text}
 
 
 def score(row: Row) -> list[str]:
@@ -315,17 +405,13 @@ def size(megabytes: float | None) -> str:
     return "-" if megabytes is None else f"{megabytes:.1f}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]) + "\n"
-
-
 def origin(part: Row) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in part["versions"].items())
     return f"\nMeasured on {part['device']} with {versions}:\n\n    {part['command']}\n"
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["options", "formats", "others"]))
+@click.argument("part", type=click.Choice(["options", "formats", "others", "language"]))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder of the runs; kept.")
 @click.option("--model", required=True)
@@ -335,13 +421,13 @@ def origin(part: Row) -> str:
 @click.option("--only", multiple=True, help="Name of a case; all of them without it.")
 @click.option("--graph", multiple=True, help="NAME=FILE: a graph of another tool, for the part others.")
 def main(part: str, graph: tuple[str, ...], **given: Any) -> None:
-    inputs = Inputs(**given)
+    inputs = (LanguageInputs if part == "language" else Inputs)(**given)
     inputs.work.mkdir(parents=True, exist_ok=True)
     if part == "others":
         named = dict(entry.split("=", 1) for entry in graph)
         measure_others(inputs, {name: Path(path) for name, path in named.items()})
     else:
-        measure_cases(inputs, part, OPTIONS if part == "options" else FORMATS)
+        measure_cases(inputs, part, {"options": OPTIONS, "formats": FORMATS, "language": LANGUAGE}[part])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from conftest import VOCABULARY, make_model, randomize
 from headwise.errors import DataError, ExportError
 from headwise.export.decoder import caches, check_decoder, decoder_to_onnx
 from headwise.export.generate import generate, likeliest, sampled
+from headwise.export.kv import find_cached, fold_channels
 from headwise.export.onnx import ExportInfo
 from headwise.export.ports import check_ports, first_call
 from headwise.export.precision import ExportSpec, convert_precision
@@ -28,7 +29,7 @@ from headwise.export.tensorrt import build_engine
 from headwise.gates.cost import graph_cost
 from headwise.model import surgery
 from headwise.model.cache import CacheLayout, CacheTensor, next_past
-from headwise.model.decoder import positions, why_no_cache
+from headwise.model.decoder import empty_past, make_cache, positions, read_cache, why_no_cache
 from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, EditPlan, ShareKV
 from headwise.model.view import ModelView
 
@@ -143,6 +144,24 @@ def test_a_layer_that_reads_the_cache_of_another_has_no_inputs_of_its_own() -> N
     assert list(layout.past()) == ["past_key_values.0.latent", "past_key_values.2.key"]
     assert list(map(next_past, layout.present())) == list(layout.past())
     assert layout.numbers == 6 + 8
+
+
+def test_a_layer_caches_up_to_two_tensors_of_any_shape() -> None:
+    latent, key = CacheTensor(name="latent", shape=(6,)), CacheTensor(name="rotary_key", shape=(2, 4))
+    layout = CacheLayout(layers=((latent,), (), (latent, key)))
+    cache = make_cache(layout, empty_past(layout, 3))
+    new = {tensor: torch.randn([int(dim) for dim in tensor.dims(3, 2)]) for tensor in (latent, key)}
+    for total in (2, 4):
+        alone, nothing = cache.update(new[latent], new[latent][..., :0], 0)
+        assert (alone.shape, nothing.shape) == ((3, total, 6), (3, total, 0))
+        both = cache.update(new[latent], new[key], 2)
+        assert [tensor.shape for tensor in both] == [(3, total, 6), (3, 2, total, 4)]
+    found = read_cache(layout, cache)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: tensor.dims(3, 4) for name, tensor in layout.present().items()
+    }
+    again = make_cache(layout, {next_past(name): tensor for name, tensor in found.items()})
+    assert again.get_seq_length() == 4
 
 
 def test_positions_are_counted_from_the_first_real_token() -> None:
@@ -263,6 +282,22 @@ def test_half_precision_halves_the_cache_and_keeps_the_text(decoder: Exported, t
     convert_precision(decoder.path, tmp_path / "brain.onnx", "bf16")
     brain = onnx.load(str(tmp_path / "brain.onnx")).graph
     assert {v.type.tensor_type.elem_type for v in brain.output} == {onnx.TensorProto.BFLOAT16}
+
+
+def test_channels_of_the_cache_can_be_scaled_as_the_past_comes_back_scaled(decoder: Exported, tmp_path: Path) -> None:
+    model = onnx.load(str(decoder.path))
+    cached = {entry.name: entry for entry in find_cached(model)}
+    assert {name: len(entry.pairs) for name, entry in cached.items()} == {
+        **{f"present.{layer}.key": HEAD_DIM // 2 for layer in (0, 1)},
+        **{f"present.{layer}.value": 0 for layer in (0, 1)},
+    }
+    exponents = {n: np.tile(np.arange(HEAD_DIM // 2) % 3, 2 * entry.heads) for n, entry in cached.items()}
+    assert fold_channels(model, exponents) == set(cached)
+    onnx.save(model, str(tmp_path / "scaled.onnx"))
+    with OrtDecoder(tmp_path / "scaled.onnx", threads=1) as scaled, OrtDecoder(decoder.path, threads=1) as plain:
+        assert generate(scaled, PROMPTS, new_tokens=20) == generate(plain, PROMPTS, new_tokens=20)
+        ratio = np.abs(plain.cached()["present.0.key"]).sum() / np.abs(scaled.cached()["present.0.key"]).sum()
+    assert 1.2 < ratio < 4
 
 
 def test_profiles_take_prompts_with_no_past_and_single_tokens_with_any(decoder: Exported) -> None:

@@ -141,8 +141,18 @@ def test_ranges_of_heads_are_those_of_their_channels() -> None:
 
 def test_a_graph_without_attention_is_refused(tmp_path: Path) -> None:
     text = BLOCK.replace("a = Attention(qt, kt, vt)", "a = Add(qt, qt)")
-    with pytest.raises(ExportError, match="no attention whose keys and values can be told"):
+    with pytest.raises(ExportError, match="the keys and values of the attention cannot be told"):
         find_cached(onnx.parser.parse_model(text))
+    with pytest.raises(ExportError, match=r"the keys and values of layer\.1 cannot be told"):
+        find_cached(onnx.load(str(block(tmp_path))), ["layer.1"])
+
+
+def test_a_cache_is_not_left_as_it_is_in_silence(tmp_path: Path) -> None:
+    joined = ("a = Attention(qt, kt, vt)", "kc = Concat<axis=2>(past, kt)\n    a = Attention(qt, kc, vt)")
+    past = ("float[batch, sequence, 32] x)", "float[batch, sequence, 32] x, float[batch, 2, length, 8] past)")
+    path = block(tmp_path, joined, past)
+    with pytest.raises(ExportError, match=r"past is a cache, and quantize\.kv does not reach into caches"):
+        find_cached(onnx.load(str(path)))
 
 
 def test_targets_know_the_formats_of_caches() -> None:

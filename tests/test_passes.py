@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, allowed, make_inputs, make_model
+from conftest import DECODERS, HEADS, LAYERS, MODELS, NORMALISED, SEQ2SEQ, allowed, make_inputs, make_model
 from pydantic import ValidationError
 from test_stats import classifier_examples, language_examples
 
 from headwise.calibration.tasks import Examples, Task, make_task
 from headwise.calibration.tasks.fidelity import FidelityOptions
 from headwise.errors import DataError, PlanError, SurgeryError
+from headwise.gates.model_cost import kv_bytes_per_token
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.view import ModelView
@@ -23,9 +25,11 @@ from headwise.passes.prune_heads import PruneHeads
 from headwise.pipeline.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"ratio": 0.5} for name in ("prune-heads", "prune-mlp", "share-kv", "cluster-heads")},
     "prune": {"macs": 0.85},
+    "latent-kv": {"rank": 6},
+    "share-layers": {"rank": 6},
 }
 """Options for passes that have required ones."""
 INSTEAD = {("share-kv", family): {"ratio": 0.5, "merge": "mean"} for family in NORMALISED}
@@ -45,6 +49,25 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
     return task, Examples.of(rows, source="made up", padding=padding, facts={"pooling": "mean"})
 
 
+LATENT = ("latent-kv", "share-layers")
+UNFIT = {
+    **{("latent-kv", family): "normalises queries and keys" for family in NORMALISED},
+    ("latent-kv", "gemma2"): "caps its scores",
+    **{("share-layers", family): "is run with a kv cache" for family in DECODERS},
+    **{("share-layers", family): "no group has two layers" for family in SEQ2SEQ},
+    ("share-layers", "albert"): "both of which run once",
+}
+"""What cannot be planned on these models, by what the error says; layers of one kind are too few in some."""
+
+
+@pytest.mark.parametrize(("name", "family"), sorted(UNFIT))
+def test_plans_that_do_not_fit_a_family_are_refused(name: str, family: str) -> None:
+    view = ModelView.of(make_model(family))
+    task, examples = samples(view, family)
+    with pytest.raises(PlanError, match=UNFIT[name, family]):
+        make_plan(PASSES[name].model_validate(OPTIONS[name]), view, task, examples)
+
+
 REFUSALS = [(name, family) for name in sorted(PASSES) for family in sorted(MODELS.keys() - set(allowed(name)))]
 
 
@@ -61,6 +84,8 @@ def test_a_refusal_says_why_and_has_a_reason(
     reason = str(refused.value).partition("because ")[2].splitlines()[0]
     module.save_pretrained(tmp_path)
     assert f"{name}: refused, because {reason}" in inspect_checkpoint(str(tmp_path), sequence=4)["limits"]
+    if name in LATENT:
+        return  # keys lose a constant there that positions see: the model gets worse, but runs and equals its twin
     monkeypatch.setattr("headwise.passes.base._refuse", lambda *_: None)
     with pytest.raises((RuntimeError, KeyError, SurgeryError, DataError)):
         run_pass(pass_, view, teacher, task, examples)
@@ -68,7 +93,7 @@ def test_a_refusal_says_why_and_has_a_reason(
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [(name, family) for name in sorted(PASSES) for family in sorted(allowed(name))],
+    [(name, family) for name in sorted(PASSES) for family in sorted(allowed(name)) if (name, family) not in UNFIT],
 )
 def test_contract(name: str, family: str) -> None:
     view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
@@ -87,7 +112,11 @@ def test_contract(name: str, family: str) -> None:
     assert record.after == first.predict(record.before) == view.layout
     assert record.twin_error <= TWIN
     assert all(fit["after"] <= fit["before"] for fit in record.refit)
-    assert sum(p.numel() for p in view.module.parameters()) < before
+    if name == "latent-kv" and family in DECODERS:
+        # What its cache holds shrinks; queries get a part of their own that meets the rotary key.
+        assert kv_bytes_per_token(view) < kv_bytes_per_token(teacher)
+    else:
+        assert sum(p.numel() for p in view.module.parameters()) < before
     json.dumps(record.to_json())
 
 

@@ -74,7 +74,7 @@ def test_a_plan_says_what_share_of_the_score_goes() -> None:
     assert plan.mlp_notes.keys() == {1}
     share = float(plan.mlp_notes[1].partition(" %")[0])
     assert 0 < share < 50, "half of the neurons, and the better half stayed"
-    assert plan.mlp_notes[1].endswith("of the reconstruction score of its neurons")
+    assert plan.mlp_notes[1].endswith("of the gauss-newton score of its neurons")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import ctypes
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -133,6 +133,7 @@ class Driver:
         return 0
 
     def cuMemcpyHtoD_v2(self, target: Any, source: Any, size: Any) -> int:
+        assert size.value
         ctypes.memmove(target.value, source, size.value)
         return 0
 
@@ -187,6 +188,46 @@ class Engine:
         return True
 
 
+class DecoderEngine(Engine):
+    """A decoder's engine whose scores are the positions."""
+
+    SHAPES: ClassVar[dict[str, tuple[int, ...]]] = {
+        **dict.fromkeys(("input_ids", "attention_mask", "position_ids"), (-1, -1)),
+        "past_key_values.0.key": (-1, 2, -1, 4),
+        "logits": (-1, -1, 1),
+        "present.0.key": (-1, 2, -1, 4),
+    }
+    num_io_tensors = len(SHAPES)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = dict(self.SHAPES)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.SHAPES)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name="INT64" if len(self.SHAPES[name]) == 2 else "FLOAT")
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "out" if name in ("logits", "present.0.key") else "in"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        rows, tokens = self.shapes["input_ids"]
+        return {"logits": (rows, tokens, 1), "present.0.key": (rows, 2, tokens, 4)}.get(name, self.shapes[name])
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        count = int(np.prod(self.shapes["position_ids"]))
+        positions = np.frombuffer(ctypes.string_at(self.addresses["position_ids"], 8 * count), np.int64)
+        ctypes.memmove(self.addresses["logits"], positions.astype(np.float32).tobytes(), 4 * count)
+        self.pasts = [*getattr(self, "pasts", []), self.shapes["past_key_values.0.key"]]
+        return True
+
+
 def fake_device(monkeypatch: pytest.MonkeyPatch, engine: Engine | None, driver: Driver) -> list[str]:
     asked: list[str] = []
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
@@ -218,6 +259,19 @@ def test_engine_runner_slices_casts_and_frees(tmp_path: Path, monkeypatch: pytes
     assert engine.rows == [2, 2, 1]
     assert (asked, runner.device) == (["tensorrt-rtx"], "NVIDIA Test")
     assert not driver.blocks
+
+
+def test_engine_runner_gives_a_decoder_an_empty_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = DecoderEngine()
+    fake_device(monkeypatch, engine, Driver())
+    path = tmp_path / "x.engine"
+    path.write_bytes(b"vtrt")
+    mask = np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0]])
+    with EngineRunner(path, runtime="tensorrt-rtx") as runner:
+        outputs = runner({"input_ids": 5 * mask, "attention_mask": mask})
+    assert list(outputs) == ["logits"]
+    np.testing.assert_array_equal(outputs["logits"][..., 0], [[0, 1, 2], [0, 0, 1], [0, 1, 1]])
+    assert engine.pasts == [(2, 2, 0, 4), (1, 2, 0, 4)]
 
 
 def test_engine_runner_reports_a_refused_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ from headwise.export.onnx import to_onnx
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.edits import ClusterHeads, DropHeads, EditPlan, ShareKV
 from headwise.model.forward import run
+from headwise.model.projections import Projections
 from headwise.model.saving import save_checkpoint
 from headwise.model.surgery import apply
-from headwise.model.view import ModelView, Projections
+from headwise.model.view import ModelView
 from headwise.passes.base import PassRecord, make_plan, run_pass
 from headwise.passes.grouping import adjacent, cheapest
 from headwise.passes.share_kv import ShareKVHeads

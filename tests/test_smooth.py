@@ -12,9 +12,11 @@ from onnx import numpy_helper
 
 from headwise.calibration.histogram import Histogram
 from headwise.calibration.products import dynamic_input, quantized_input
-from headwise.calibration.ranges import Observed
+from headwise.calibration.ranges import Observed, pooled
 from headwise.errors import ExportError, PlanError
+from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, products
+from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.runners import OrtRunner
 from headwise.export.smoothing import Smoothed, require_same, smooth
 from headwise.model.quantization import Matrix, MatrixPlan
@@ -175,6 +177,52 @@ def test_a_shared_weight_is_scaled_for_its_reader_only(tmp_path: Path) -> None:
         np.testing.assert_array_equal(run(out)[name], values)
 
 
+@pytest.mark.parametrize("options", [{"rounding": "gptq"}, {"format": "int4", "block": 16}, {"smooth": 0.8}])
+def test_layers_that_share_weights_share_their_codes(tmp_path: Path, options: dict[str, Any]) -> None:
+    path = block(tmp_path, ("z = MatMul(e, w_head)", "z = MatMul(e, w_out)"))
+    matrices, wanted = find_matrices(path), Quantize(**options)
+    taps = TapRunner(path, [m.tap for m in matrices])(batch()).items()
+    ranges = {tap: observed(values.reshape(-1, values.shape[-1])) for tap, values in taps}
+    scaled = set(wanted.smoothing(matrices, ranges, quantized_input))
+    assert scaled <= {"n", "m", "h"}
+    assert scaled == {"n", "m", "h"} or "smooth" not in options
+    plan, dtype = wanted.plan(matrices, ranges), SCALE_DTYPES["fp32"]
+    codes = wanted.codes(plan, matrices, ranges, quantized_input, dtype)
+    np.testing.assert_array_equal(codes["w_out"].values, codes["w_out.2"].values)
+    writers: dict[str, Any] = {"q.onnx": lambda out: write_quantized(path, out, plan, codes, precision="fp32")}
+    if wanted.format == "int8":
+        writers["d.onnx"] = lambda out: write_dynamic(path, out, plan, codes)
+    for name, write in writers.items():
+        written = write(tmp_path / name)
+        stored = [t for t in onnx.load(str(tmp_path / name)).graph.initializer if list(t.dims) == [32, 32]]
+        assert len(stored) == 1
+        with OrtRunner(tmp_path / name) as runner:
+            found = runner(batch())["z"]
+        assert np.linalg.norm(found - run(path)["z"]) < 0.3 * np.linalg.norm(found)
+        if written is not None:
+            decode = {promise.matrix: promise.decode for promise in written.promises}
+            assert decode["w_out"] == decode["w_out.2"] != decode["w_up"]
+
+
+def test_a_pool_of_tensors_has_the_tokens_of_all() -> None:
+    random = np.random.default_rng(0)
+    one, two = (observed(random.normal(size=(n, 4)).astype(np.float32) * n) for n in (10, 30))
+    both = pooled([one, two])
+    whole = observed(np.concatenate([one.rows, two.rows]))
+    assert both.tokens == 40
+    np.testing.assert_array_equal(both.largest, whole.largest)
+    np.testing.assert_allclose(both.magnitude, whole.magnitude, rtol=1e-6)
+    np.testing.assert_array_equal(both.histogram.counts, whole.histogram.counts)
+    np.testing.assert_allclose(both.moment, whole.moment, rtol=1e-5)
+    assert both.histogram.largest == whole.histogram.largest
+    assert (both.rows[:5] == one.rows[::2]).all()
+    assert (both.rows[5:] == two.rows[1::2]).all()
+    assert pooled([one]) is one
+    empty = Histogram()
+    empty.merge(one.histogram)
+    np.testing.assert_array_equal(empty.counts, one.histogram.counts)
+
+
 def test_scales_that_are_wrong_are_found(tmp_path: Path) -> None:
     path = block(tmp_path)
     _, out = smoothed(path, {"h": shifts(48)})
@@ -196,7 +244,7 @@ def observed(rows: Array) -> Observed:
         magnitude=magnitudes.mean(axis=0),
         histogram=histogram,
         rows=rows,
-        moment=None,
+        moment=rows.T @ rows / len(rows),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from runs import TEXT, run, text_files, write_recipe
 from headwise.calibration.formats import restore
 from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import find_tables, lookups
+from headwise.export.precision import ExportSpec
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.runners import OrtRunner
+from headwise.export.targets import resolve_target
+from headwise.export.tensorrt import build_engine, profiles_for
+from headwise.gates.judge import Outcome
+from headwise.gates.kernels import judge_kernels
 from headwise.model.quantization import QuantPlan
 from headwise.passes.quantize import Quantize
 
+HAS_BUILDER = importlib.util.find_spec("tensorrt_rtx") is not None
 ROWS, WIDTH = 200, 32
 BATCH = {"ids": np.random.default_rng(1).integers(0, ROWS, size=(3, 5))}
 
@@ -114,3 +121,21 @@ def test_a_run_with_embeddings_in_int8_for_two_runtimes(tmp_path: Path) -> None:
     assert helper.np_dtype_to_tensor_dtype(np.dtype(np.int8)) in {
         tensor.data_type for tensor in onnx.load(str(found.folder / "02-cpu" / "model.onnx")).graph.initializer
     }
+
+
+@pytest.mark.skipif(not HAS_BUILDER, reason="tensorrt_rtx is not installed: no engine can be built")
+@pytest.mark.parametrize(("number", "target"), [("int8", "sm75"), ("int4", "sm86")])
+def test_engines_keep_the_codes_of_tables(tmp_path: Path, number: Any, target: str) -> None:
+    path = graph(tmp_path, "e = Gather<axis=0>(table, ids)\n y = Add(e, e)")
+    model = onnx.load(str(path))
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+    onnx.save(model, str(path))
+    options, tables = Quantize(embeddings=number), find_tables(path)
+    plan = QuantPlan(matrices=(), tables=options.plan_tables(tables))
+    codes = options.table_codes(plan.tables, tables, SCALE_DTYPES["fp16"])
+    written = write_quantized(path, tmp_path / "out.onnx", plan, codes, precision="fp16")
+    profiles = profiles_for(tmp_path / "out.onnx", ExportSpec())
+    engine = build_engine(tmp_path / "out.onnx", tmp_path / "e", resolve_target(target), profiles=profiles)
+    (verdict,) = judge_kernels(engine.listing, written.promises, "engine")
+    assert verdict.outcome is Outcome.PASS, (verdict.reason, engine.listing)

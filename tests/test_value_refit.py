@@ -14,7 +14,7 @@ from headwise.calibration.tasks import Examples, Task
 from headwise.calibration.value_refit import ValueFit, _conjugate_gradients, fit_values
 from headwise.errors import DataError
 from headwise.model import surgery
-from headwise.model.surgery import SharedKV
+from headwise.model.shared_kv import SharedKV
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan
 from headwise.passes.share_kv import ShareKVHeads

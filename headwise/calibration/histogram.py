@@ -46,15 +46,28 @@ class Histogram:
             return
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max())
-        needed = int(np.frexp(largest)[1])
-        if not self.counts.any():
-            self.exponent = needed
-        while self.exponent < needed:
-            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
-            self.exponent += 1
+        self._reach(int(np.frexp(largest)[1]))
         index = np.ldexp(magnitudes, BINS.bit_length() - 1 - self.exponent).astype(np.int64)
         self.counts += np.bincount(index, minlength=BINS)
         self.largest = max(self.largest, largest)
+
+    def merge(self, other: Histogram) -> None:
+        """Count everything that another histogram has counted."""
+        if not other.counts.any():
+            return
+        added = Histogram(other.exponent, other.counts.copy(), other.largest)
+        self._reach(other.exponent)
+        added._reach(self.exponent)
+        self.counts += added.counts
+        self.largest = max(self.largest, other.largest)
+
+    def _reach(self, exponent: int) -> None:
+        """Double the limit until it is ``2 ** exponent`` or more."""
+        if not self.counts.any():
+            self.exponent = exponent
+        while self.exponent < exponent:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, np.int64)])
+            self.exponent += 1
 
     def centers(self) -> Array:
         """(BINS,) the middle of every bin."""

@@ -154,6 +154,25 @@ class _Sums:
         )
 
 
+def pooled(seen: Sequence[Observed]) -> Observed:
+    """Several tensors of one width as one: as many sampled tokens as each has, from all of them."""
+    if len(seen) == 1:
+        return seen[0]
+    shares = np.array([observed.tokens for observed in seen]) / sum(observed.tokens for observed in seen)
+    histogram = Histogram()
+    for observed in seen:
+        histogram.merge(observed.histogram)
+    moments = [observed.moment for observed in seen if observed.moment is not None]
+    return Observed(
+        tokens=sum(observed.tokens for observed in seen),
+        largest=np.max([observed.largest for observed in seen], axis=0),
+        magnitude=np.tensordot(shares, [observed.magnitude for observed in seen], axes=1),
+        histogram=histogram,
+        rows=np.concatenate([observed.rows[index :: len(seen)] for index, observed in enumerate(seen)]),
+        moment=np.tensordot(shares, moments, axes=1) if len(moments) == len(seen) else None,
+    )
+
+
 def _tokens(array: Array, tap: Tap, batch: Batch, *, padding: bool) -> tuple[Array, Array]:
     """(n, K) float32 tokens, and for each a pseudo-random key that only depends on its sample and position."""
     values = np.asarray(array, np.float32)

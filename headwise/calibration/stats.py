@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headwise.calibration.cross import CrossSums
 from headwise.calibration.exchange import LARGEST, room
 from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
@@ -45,6 +46,10 @@ class Stat(StrEnum):
 
     QUERY_MOMENT = "query-moment"
     """The same for the input of queries, which is another sequence where a decoder attends to an encoder."""
+
+    CROSS_MOMENT = "cross-moment"
+    """Per layer (D + 1, D + 1): mean of ``x y^T``, y = the same of the earlier layer that ``pairs`` names for it;
+    without entries where there is none."""
 
     MAP_SIMILARITY = "map-similarity"
     """Per layer (N, N): mean over samples of the cosine of two heads' attention weights (arXiv 2403.08058)."""
@@ -126,6 +131,7 @@ def collect(
     batch_size: int = 32,
     draws: int = 4,
     seed: int = 0,
+    pairs: Mapping[int, int] | None = None,
     sequence: int | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
@@ -140,6 +146,7 @@ def collect(
         draws: random projections of the signal per sample for Gauss-Newton statistics.
         seed: seed of these projections.
         sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
+        pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
         progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
@@ -148,6 +155,7 @@ def collect(
     asked = frozenset(needs)
     units = asked & UNITS
     sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
+    sums.cross = CrossSums(pairs or {})
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
         if progress is not None and not asked & RUNS:
@@ -196,6 +204,7 @@ class _Sums:
         heads = sum(len(v.layout.query) for v in view.attention)
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
+        self.cross = CrossSums({})
         self.neurons = NeuronSums(view)
         self.features = FeatureMoments(view)
         repaired = Stat.REPAIRED_COST in needs and room(view.attention) <= LARGEST
@@ -208,6 +217,7 @@ class _Sums:
         rows = len(batch.samples) * batch.per_sample
         gates = [torch.ones(rows, len(v.layout.query), requires_grad=with_gradient) for v in self.view.attention]
         with ExitStack() as stack, torch.set_grad_enabled(with_gradient):
+            stack.enter_context(self.cross.watched(self.view, batch))
             if self.needs & NEURONS:
                 stack.enter_context(self.neurons.watched(batch))
             if Stat.FEATURE_MOMENT in self.needs:
@@ -284,6 +294,8 @@ class _Sums:
             if stat in self.needs:
                 # The last entry counts the tokens.
                 every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))
+        if Stat.CROSS_MOMENT in self.needs:
+            every[Stat.CROSS_MOMENT] = self.cross.means(len(self.view.attention))
         if Stat.MAP_SIMILARITY in self.needs:
             every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
         if Stat.EXCHANGE_COST in self.needs:

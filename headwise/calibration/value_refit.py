@@ -23,8 +23,10 @@ from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
 from headwise.model.access import watched_input
 from headwise.model.forward import to_torch
-from headwise.model.surgery import ValueHeads, other_values
-from headwise.model.view import AttentionView, ModelView, Projections
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import ValueHeads
+from headwise.model.surgery import other_values
+from headwise.model.view import AttentionView, ModelView
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 _STEPS = 50

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.errors import PlanError
 from headwise.model import surgery
 from headwise.model.counting import count_macs
-from headwise.model.edits import DropHeads, DropNeurons, EditPlan
+from headwise.model.edits import DropHeads, DropNeurons, Edit, EditPlan
 from headwise.model.view import ModelView
 
 
@@ -23,8 +24,8 @@ class Work:
 
     Attributes:
         total: of the whole model.
-        heads: per attention layer, of one of its ``layout.units()``; 0 where there is only one, or heads are clustered.
-        neurons: per MLP, of one neuron; 0 where there is only one.
+        heads: per attention layer, of one of its ``layout.units()``; 0 where none can go.
+        neurons: per MLP, of one neuron; 0 where none can go.
     """
 
     total: int
@@ -55,12 +56,15 @@ def count_work(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> Work:
 
 
 def _one_each(view: ModelView) -> EditPlan:
-    heads = [
-        DropHeads(layer=layer.index, query=layer.layout.units()[0])
-        for layer in view.attention
-        if len(layer.layout.units()) > 1 and not layer.layout.clustered
-    ]
-    neurons = [
-        DropNeurons(layer=mlp.index, neurons=mlp.layout.neurons[:1]) for mlp in view.mlp if len(mlp.layout.neurons) > 1
-    ]
-    return EditPlan(edits=(*heads, *neurons))
+    heads = [DropHeads(layer=layer.index, query=layer.layout.units()[0]) for layer in view.attention]
+    neurons = [DropNeurons(layer=mlp.index, neurons=mlp.layout.neurons[:1]) for mlp in view.mlp]
+    every: list[Edit] = [*heads, *neurons]
+    return EditPlan(edits=tuple(edit for edit in every if _possible(EditPlan(edits=(edit,)), view)))
+
+
+def _possible(plan: EditPlan, view: ModelView) -> bool:
+    try:
+        plan.check(view.layout)
+    except PlanError:
+        return False
+    return True

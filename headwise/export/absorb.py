@@ -13,6 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
+from headwise.model.cache import is_past, is_present
+
 Array = NDArray[Any]
 Edits = list[tuple[NodeProto, int, Array]]
 """(node, index of one of its constant inputs, exponents that broadcast with the constant)."""
@@ -27,7 +29,8 @@ class Channels:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph = graph
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.outputs = {value.name for value in graph.output}
+        # What a decoder caches is read by the same graph only: scaled on the way out, it comes back scaled.
+        self.outputs = {value.name for value in graph.output if not is_present(value.name)}
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.readers: dict[str, list[NodeProto]] = {}
         for node in graph.node:
@@ -181,6 +184,8 @@ class Channels:
         maker = self.makers[tensor]
         if maker.op_type == "RotaryEmbedding":
             return self.heads(maker.input[0], maker, exponents)
+        if behind_past(maker):
+            return self.heads(maker.input[1], maker, exponents)
         split = self.makers.get(maker.input[0])
         if not heads_first(maker) or split is None or split.op_type != "Reshape":
             return None
@@ -191,6 +196,11 @@ class Channels:
     def zero(self, name: str) -> bool:
         """Whether a constant is zero everywhere."""
         return name in self.constants and not numpy_helper.to_array(self.constants[name]).any()
+
+
+def behind_past(node: NodeProto) -> bool:
+    """Whether a node puts the keys or values of a call behind those of earlier calls."""
+    return node.op_type == "Concat" and len(node.input) == 2 and is_past(node.input[0])
 
 
 def powers(exponents: Array) -> Array:

@@ -103,8 +103,9 @@ class DeviceMemory:
     def upload(self, name: str, array: NDArray[Any]) -> int:
         """Copy a contiguous array to the buffer ``name``; its address."""
         address = self.reserve(name, array.nbytes)
-        source = array.ctypes.data_as(ctypes.c_void_p)
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.nbytes))
+        if array.nbytes:  # an empty past has an address, and nothing to copy
+            source = array.ctypes.data_as(ctypes.c_void_p)
+            self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, ctypes.c_size_t(array.nbytes))
         return address
 
     def download(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -39,12 +39,13 @@ def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, 
     graph = model.graph
     before: dict[str, list[NodeProto]] = {}
     inputs: dict[str, tuple[str, str, str]] = {}
+    weights: dict[str, tuple[str, str]] = {}
     planned, tables = plan.quantized(), {entry.name for entry in plan.tables if entry.format is not None}
     rows = [(name, node) for name, node in lookups(graph) if name in tables]
     for product in products(graph):
         if product.name in planned:
             nodes = before.setdefault(product.node.output[0], [])
-            nodes += _integer_product(graph, product, codes[product.name], inputs)
+            nodes += _integer_product(graph, product, codes[product.name], inputs, weights)
     for name, lookup in rows:
         before[lookup.output[0]] = _stored_rows(graph, name, lookup, codes[name])
     gone = set(before)
@@ -74,9 +75,13 @@ def _stored_rows(graph: onnx.GraphProto, name: str, node: NodeProto, codes: Code
 
 
 def _integer_product(
-    graph: onnx.GraphProto, product: Product, codes: Codes, inputs: dict[str, tuple[str, str, str]]
+    graph: onnx.GraphProto,
+    product: Product,
+    codes: Codes,
+    inputs: dict[str, tuple[str, str, str]],
+    weights: dict[str, tuple[str, str]],
 ) -> list[NodeProto]:
-    """Nodes that end in the product's output. ``inputs`` holds the quantized form of tensors that have one."""
+    """Nodes that end in the product's output. ``inputs`` and ``weights`` hold the quantized form of what has one."""
     nodes: list[NodeProto] = []
     node, stem = product.node, f"{product.name}.int8"
     tensor, output = node.input[0], node.output[0]
@@ -84,9 +89,11 @@ def _integer_product(
         inputs[tensor] = (f"{tensor}_codes", f"{tensor}_scale", f"{tensor}_zero")
         nodes.append(helper.make_node("DynamicQuantizeLinear", [tensor], inputs[tensor], name=f"{tensor}_quantize"))
     values, scale, zero = inputs[tensor]
-    constants = {f"{stem}_weight": codes.values, f"{stem}_scale": codes.scale.astype(np.float32)}
-    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
-    weight, weight_scale = constants
+    if product.stored not in weights:
+        constants = {f"{stem}_weight": codes.values, f"{stem}_scale": codes.scale.astype(np.float32)}
+        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+        weights[product.stored] = (f"{stem}_weight", f"{stem}_scale")
+    weight, weight_scale = weights[product.stored]
     multiply = helper.make_node("MatMulInteger", [values, weight, zero], [f"{stem}_sum"], name=node.name)
     multiply.metadata_props.extend(node.metadata_props)
     bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""

@@ -7,7 +7,7 @@ one size, so that one scale suits all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,9 @@ from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS
 from headwise.errors import ExportError
-from headwise.export.absorb import Channels, Edits, heads_first
+from headwise.export.absorb import Channels, Edits, behind_past, heads_first
 from headwise.export.edits import insert_before
+from headwise.export.graph import module_path
 from headwise.export.matrices import products
 from headwise.model.quantization import Format
 
@@ -42,26 +43,33 @@ class Cached:
     pairs: tuple[tuple[int, int], ...] = ()
 
 
-def find_cached(model: onnx.ModelProto) -> tuple[Cached, ...]:
+def find_cached(model: onnx.ModelProto, scopes: Collection[str] = ()) -> tuple[Cached, ...]:
     """Keys and values of every attention, in the order of the graph.
 
+    Args:
+        model: an fp32 graph with the shapes that the exporter wrote.
+        scopes: module paths of the attention layers.
+
     Raises:
-        ExportError: the graph has no Attention operator on four axes.
+        ExportError: a layer has no Attention operator on four axes, or the graph has a cache.
     """
     graph = Channels(model.graph)
     found: dict[str, Cached] = {}
+    missing = list(scopes) or [""]
     for node in _attention(model.graph):
         for index in (_KEYS, _VALUES):
             name = node.input[index]
+            _refuse_cache(graph, name)
             dims = graph.dims.get(name, [])
             if len(dims) == 4 and dims[1] and dims[3]:
                 pairs = _pairs(graph, name, dims[3]) if index == _KEYS else ()
                 found.setdefault(name, Cached(name=name, heads=dims[1], width=dims[3], pairs=pairs))
-    if not found:
+                missing = [scope for scope in missing if scope and not f"{module_path(node)}.".startswith(f"{scope}.")]
+    if missing:
         raise ExportError(
-            "the graph has no attention whose keys and values can be told",
-            expected="Attention nodes, which exports of opset 23 and later have",
-            fix="leave quantize.kv out, or set export.opset to 23",
+            f"the keys and values of {missing[0] or 'the attention'} cannot be told in the graph",
+            expected="an Attention node in every layer, which exports of opset 23 and later have",
+            fix="leave quantize.kv out, or set export.opset to 23 and export.clusters to fused",
         )
     return tuple(found.values())
 
@@ -123,9 +131,23 @@ def _attention(graph: onnx.GraphProto) -> Sequence[NodeProto]:
     return [node for node in graph.node if node.op_type == "Attention" and len(node.input) > _VALUES]
 
 
+def _refuse_cache(graph: Channels, name: str) -> None:
+    """A pair of nodes behind a cache would leave the cache as it is, which is not what was asked for."""
+    maker = graph.makers.get(name)
+    given = {value.name for value in graph.graph.input}
+    if maker is not None and maker.op_type == "Concat" and given.intersection(maker.input):
+        raise ExportError(
+            f"{given.intersection(maker.input).pop()} is a cache, and quantize.kv does not reach into caches",
+            expected="a graph without a cache",
+            fix="set export.cache to false to see what keys and values in this format would cost",
+        )
+
+
 def _pairs(graph: Channels, name: str, width: int) -> tuple[tuple[int, int], ...]:
     """Channels that rotary positions mix, where a RotaryEmbedding makes the tensor."""
     maker = graph.makers.get(name)
+    if maker is not None and behind_past(maker):
+        maker = graph.makers.get(maker.input[1])
     if maker is None or maker.op_type != "RotaryEmbedding":
         return ()
     attributes = {item.name: item.i for item in maker.attribute}

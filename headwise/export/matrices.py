@@ -47,6 +47,11 @@ class Product:
         """Name of the constant."""
         return str(self.node.input[1])
 
+    @property
+    def stored(self) -> str:
+        """The same, with a mark where it is read the other way round: such codes cannot be shared."""
+        return self.weight + ("^T" if self.transposed else "")
+
 
 def products(graph: onnx.GraphProto) -> list[Product]:
     """Every multiplication with a constant matrix, in the order of the graph.
@@ -83,8 +88,9 @@ def find_matrices(path: Path) -> tuple[Matrix, ...]:
     """
     graph = onnx.load(str(path)).graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    matrices = []
-    for product in products(graph):
+    matrices, found = [], products(graph)
+    uses = Counter(product.stored for product in found)
+    for product in found:
         weight = np.asarray(numpy_helper.to_array(constants[product.weight]), np.float32)
         matrices.append(
             Matrix(
@@ -93,6 +99,7 @@ def find_matrices(path: Path) -> tuple[Matrix, ...]:
                 tap=product.node.input[0],
                 weight=weight.T if product.transposed else weight,
                 biased=bool(product.bias),
+                constant=product.stored if uses[product.stored] > 1 else "",
             )
         )
     if not matrices:

@@ -7,7 +7,7 @@ DequantizeLinear with one scale for the tensor. Nothing is left to a flag of the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ class _Writer:
         self.dtype = dtype
         self.before: dict[str, list[NodeProto]] = {}
         self.inputs: dict[tuple[str, str, float], str] = {}
+        self.weights: dict[tuple[str, MatrixPlan], tuple[str, str]] = {}
 
     def quantize(self, product: Product, plan: MatrixPlan, codes: Codes) -> Promise:
         """Replace the matrix by codes and, where the plan says so, quantize the input."""
@@ -141,11 +142,16 @@ class _Writer:
         if plan.input_largest is not None:
             product.node.input[0] = self._input(product.node.input[0], plan, nodes)
         assert plan.format is not None, "only quantized matrices come here"
-        product.node.input[1] = self._weight(product.name, plan, codes, nodes, transposed=product.transposed)
+        # Layers that share a constant share its codes; what only their inputs differ in does not matter here.
+        key = (product.stored, replace(plan, name="", input_largest=None))
+        if key not in self.weights:
+            values = self._weight(product.name, plan, codes, nodes, transposed=product.transposed)
+            self.weights[key] = (values, nodes[-1].name)
+        product.node.input[1], decode = self.weights[key]
         return Promise(
             matrix=product.name,
             node=product.node.name,
-            decode=nodes[-1].name,
+            decode=decode,
             format=plan.format,
             weights_only=plan.input_largest is None,
         )

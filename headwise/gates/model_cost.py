@@ -50,4 +50,5 @@ def model_cost(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> ModelCost
 
 def kv_bytes_per_token(view: ModelView) -> int:
     """See ``ModelCost``."""
-    return 2 * sum(layer.runs * layer.layout.kv_width for layer in view.attention if layer.family.causal)
+    layers = [layer for layer in view.attention if layer.family.causal]
+    return 2 * sum(layer.runs * tensor.numbers for layer in layers for tensor in layer.layout.cached)

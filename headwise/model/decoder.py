@@ -32,25 +32,41 @@ def why_no_cache(view: ModelView) -> str:
     if numbers != list(range(len(numbers))):
         return "not every layer has a place of its own in the cache"
     online = [str(layer.index) for layer in view.attention if layer.layout.online]
+    alone = [str(layer.index) for layer in view.attention if len(layer.layout.cached) == 1]
+    if alone:
+        return f"layers {', '.join(alone)} cache one tensor, and the caches of transformers hold two"
     if online:
         return f"layers {', '.join(online)} form their clusters from the first tokens, which later calls do not see"
     return ""
+
+
+class SingleTensorLayer(DynamicLayer):
+    """The cache of a layer that keeps one tensor, and gives an empty one for the second."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The past and the new tokens, and as many tokens of width 0."""
+        past: Any = self.keys
+        self.keys = torch.cat([past, key_states], dim=-2)
+        return self.keys, self.keys[..., :0]
 
 
 def make_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> DynamicCache:
     """The cache of transformers that holds these tensors; all layers keep all tokens, those with a window too.
 
     Args:
-        layout: what the layers cache: nothing, or two tensors each.
+        layout: what the layers cache: up to two tensors each.
         past: by the names of ``layout.past()``.
     """
     cache = DynamicCache()
     for index, tensors in enumerate(layout.layers):
-        layer = DynamicLayer()
-        if tensors:
-            first, second = (past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors)
-            layer.lazy_initialization(first, second)
-            layer.keys, layer.values = first, second
+        kind: Any = SingleTensorLayer if len(tensors) == 1 else DynamicLayer
+        layer = kind()
+        given = [past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors]
+        if given:
+            layer.lazy_initialization(given[0], given[-1])
+            layer.keys, layer.values = given if len(given) == 2 else (given[0], None)
         cache.layers.append(layer)
     return cache
 

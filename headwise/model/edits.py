@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from headwise.errors import PlanError
+from headwise.model.latent_edits import LatentKV, ShareLayers, refuse_compressed
 from headwise.model.layout import AttentionLayout, Layout, MlpLayout, from_ranges, ranges
 
 
@@ -216,7 +217,8 @@ class DropNeurons:
 
 
 def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
-    """Raise PlanError for a layer in which not every head has queries and keys of its own."""
+    """Raise PlanError for a layer in which not every head has queries, keys and values of its own."""
+    refuse_compressed(layer, layout)
     if layout.clustered:
         raise PlanError(
             f"the heads of layer {layer} are clustered already",
@@ -225,9 +227,9 @@ def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | DropNeurons
+Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | DropNeurons
 EDITS: Mapping[str, type[Edit]] = {
-    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, DropNeurons)
+    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers, DropNeurons)
 }
 
 

@@ -90,7 +90,7 @@ class GroupedAttention(nn.Module):
         cache = layer_past if past_key_values is None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         mixed, weights = attend(
             self,
             query,
@@ -117,7 +117,7 @@ def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([turned, rest], dim=-1)
 
 
-def _eager(
+def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -128,7 +128,7 @@ def _eager(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in single steps, which can return its weights."""
+    """Attention in single steps, which can return its weights; called as attention functions of transformers are."""
     group = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
     scores = query @ key.mT * scaling

@@ -20,6 +20,9 @@ class AttentionLayout:
     In a clustered layer (arXiv 2403.08058) some heads use the attention weights of another head, their representative.
     Only representatives have queries, and only the kv heads that representatives read have keys; values are all there.
 
+    In a latent layer (arXiv 2502.07864) keys and values of all heads are computed from a few numbers per token, the
+    latent. A layer with an owner has no such numbers, keys or values of its own: it reads those of an earlier layer.
+
     Attributes:
         query: original ids of the query heads that are left.
         kv: original ids of the key/value heads that are left.
@@ -27,6 +30,13 @@ class AttentionLayout:
         represented: for every query head the id of its representative; empty where each head has its own weights.
         online: clusters that every sample forms for itself from its first tokens; 0 where it does not. All queries and
             keys are there, because any head may become a representative.
+        latent: numbers per token that keys and values are computed from; 0 where they are projected from the layer's
+            input.
+        rotary: numbers per token of rotary keys beside the latent, of all ``rotary_heads`` together.
+        rotary_heads: 1 where all heads share one rotary key, or one per kv head.
+        unrotated: width of the part of every query that meets keys from the latent; 0 where the class of the original
+            runs the layer, whose queries are as they were.
+        owner: the layer whose latent, or whose keys and values, this one reads; None where it has its own.
     """
 
     query: tuple[int, ...]
@@ -34,6 +44,11 @@ class AttentionLayout:
     head_dim: int
     represented: tuple[int, ...] = ()
     online: int = 0
+    latent: int = 0
+    rotary: int = 0
+    rotary_heads: int = 1
+    unrotated: int = 0
+    owner: int | None = None
 
     @property
     def group(self) -> int:
@@ -44,6 +59,11 @@ class AttentionLayout:
     def clustered(self) -> bool:
         """Whether some heads use the attention weights of another one."""
         return bool(self.represented) or self.online > 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether keys and values come from a latent, or from another layer."""
+        return self.latent > 0 or self.owner is not None
 
     @property
     def scoring(self) -> tuple[int, ...]:
@@ -61,8 +81,18 @@ class AttentionLayout:
         return self.kv[self.query.index(query) // self.group]
 
     @property
+    def cached_latent(self) -> bool:
+        """Whether the layer runs ``LatentAttention``, which caches the latent itself."""
+        return self.owner is None and (self.unrotated > 0 or self.rotary > 0)
+
+    @property
     def cached(self) -> tuple[CacheTensor, ...]:
-        """What a kv cache holds of this layer."""
+        """What a kv cache holds of this layer; classes of transformers keep keys and values of all heads."""
+        if self.cached_latent:
+            latent = CacheTensor(name="latent", shape=(1, self.latent))
+            shape = (self.rotary_heads, self.rotary // self.rotary_heads)
+            rotary = CacheTensor(name="rotary_key", shape=shape)
+            return (latent, rotary) if self.rotary else (latent,)
         return (
             CacheTensor(name="key", shape=(len(self.keyed), self.head_dim)),
             CacheTensor(name="value", shape=(len(self.kv), self.head_dim)),
@@ -70,7 +100,9 @@ class AttentionLayout:
 
     @property
     def kv_width(self) -> int:
-        """Numbers that a kv cache holds for one token of this layer."""
+        """Numbers per token from which this layer has its keys and values."""
+        if self.compressed:
+            return self.latent + self.rotary if self.owner is None else 0
         return sum(tensor.numbers for tensor in self.cached)
 
     def units(self) -> tuple[tuple[int, ...], ...]:
@@ -90,7 +122,11 @@ class AttentionLayout:
     def to_json(self) -> dict[str, Any]:
         data = {"query": list(self.query), "kv": list(self.kv), "head_dim": self.head_dim}
         represented = {"represented": list(self.represented)} if self.represented else {}
-        return data | represented | ({"online": self.online} if self.online else {})
+        plain = AttentionLayout(query=(), kv=(), head_dim=0)
+        names = ("latent", "rotary", "rotary_heads", "unrotated")
+        latent = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
+        owner = {} if self.owner is None else {"owner": self.owner}
+        return data | represented | ({"online": self.online} if self.online else {}) | latent | owner
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
@@ -100,6 +136,11 @@ class AttentionLayout:
             head_dim=int(data["head_dim"]),
             represented=tuple(data.get("represented", ())),
             online=int(data.get("online", 0)),
+            latent=int(data.get("latent", 0)),
+            rotary=int(data.get("rotary", 0)),
+            rotary_heads=int(data.get("rotary_heads", 1)),
+            unrotated=int(data.get("unrotated", 0)),
+            owner=data.get("owner"),
         )
 
 
@@ -182,4 +223,4 @@ class Layout:
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
     """Whether all attention layers have the same head counts and widths, and every head its own weights."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
-    return len(shapes) <= 1 and not any(layer.clustered for layer in layers)
+    return len(shapes) <= 1 and not any(layer.clustered or layer.compressed for layer in layers)

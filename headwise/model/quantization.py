@@ -25,6 +25,7 @@ class Matrix:
         tap: name of the activation tensor that it multiplies; matrices that share one share its scales.
         weight: (K, N) float32, K inputs and N outputs, whatever way the graph stores it.
         biased: whether a bias is added to the product.
+        constant: name of the constant; layers that share their weights read one. Empty where nobody shares it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Matrix:
     tap: str
     weight: Array
     biased: bool
+    constant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,65 +7,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from headwise.errors import SurgeryError
 from headwise.model.attend import form
-from headwise.model.edits import ClusterHeads, ClusterOnline, DropHeads, DropNeurons, EditPlan, ShareKV
+from headwise.model.edits import (
+    ClusterHeads,
+    ClusterOnline,
+    DropHeads,
+    DropNeurons,
+    EditPlan,
+    ShareKV,
+)
 from headwise.model.handed import compute_own
+from headwise.model.latent_edits import LatentKV, ShareLayers
+from headwise.model.latent_surgery import (
+    LatentWeights,
+    LentHeads,
+    compressed_twins,
+    latent_kv,
+    reshape_compressed,
+    share_layers,
+)
+from headwise.model.latent_swap import RotaryLatent
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
-from headwise.model.view import AttentionView, ModelView, Projections
+from headwise.model.view import AttentionView, ModelView
 from headwise.model.writing import write, write_output, written
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValueHeads:
-    """The value heads of a layer.
-
-    Attributes:
-        weight: (K, H, D).
-        bias: (K, H), or None where values have no bias.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def plus(self, maps: torch.Tensor, other: ValueHeads) -> ValueHeads:
-        """These heads and ``maps``, (K, H, H), times the other ones, in float64."""
-        bias = self.bias
-        if bias is not None and other.bias is not None:
-            bias = bias.double() + _mapped(maps, other.bias)
-        return ValueHeads(weight=self.weight.double() + _mapped(maps, other.weight), bias=bias)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedKV:
-    """The numbers of a ``ShareKV`` edit.
-
-    Attributes:
-        key: (G, H, D) shared key heads, in the order of the edit's groups; ``value``: the same for values.
-        key_bias: (G, H), or None where keys have no bias; ``value_bias``: the same for values.
-        key_maps: (K, H, H), one per old kv head in storage order: that head's keys are ``key_maps[j]`` times the keys
-            of its group, up to what the merge loses; ``value_maps``: the same for values.
-        output_bias: (D,) to add to the output bias; None where there is none.
-        missed: what the shared value heads miss most of their groups, of which a refit may take something in.
-    """
-
-    key: torch.Tensor
-    value: torch.Tensor
-    key_bias: torch.Tensor | None
-    value_bias: torch.Tensor | None
-    key_maps: torch.Tensor
-    value_maps: torch.Tensor
-    output_bias: torch.Tensor | None
-    missed: ValueHeads
-
-
-Payloads = Mapping[int, SharedKV]
+Payloads = Mapping[int, SharedKV | LatentWeights | RotaryLatent | LentHeads]
 """Position of an edit in its plan -> the numbers that it needs; edits that only select need none."""
 
 
@@ -83,12 +58,18 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
         if isinstance(edit, DropNeurons):
             drop_neurons(model.mlp[edit.layer], edit)
             continue
-        layer = model.attention[edit.layer]
+        layer, payload = model.attention[edit.layer], (payloads or {}).get(position)
         match edit:
             case DropHeads():
                 drop_heads(layer, edit)
             case ShareKV():
-                share_kv(layer, edit, (payloads or {})[position])
+                share_kv(layer, edit, _shared(payload))
+            case LatentKV():
+                assert isinstance(payload, LatentWeights | RotaryLatent), "passes give every edit its numbers"
+                latent_kv(layer, edit.apply(layer.layout), payload)
+            case ShareLayers():
+                assert not isinstance(payload, SharedKV | RotaryLatent), "passes give every edit its own numbers"
+                share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)
             case ClusterOnline():
@@ -120,7 +101,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
     Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
-    queries and keys of representatives.
+    queries and keys of representatives. Projections by way of a latent are multiplied out.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -136,7 +117,8 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, ShareKV):
                 layer = model.attention[edit.layer]
-                stack.enter_context(written(layer, *_spread_shared(layer, edit, (payloads or {})[position])))
+                shared = _shared((payloads or {}).get(position))
+                stack.enter_context(written(layer, *_spread_shared(layer, edit, shared)))
             if isinstance(edit, ClusterHeads):
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, *_spread_clusters(layer, edit)))
@@ -146,7 +128,13 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(form("fused"))
+        stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
+
+
+def _shared(payload: object) -> SharedKV:
+    assert isinstance(payload, SharedKV), "passes give every edit the numbers that it needs"
+    return payload
 
 
 def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projections, AttentionLayout]:
@@ -177,10 +165,10 @@ def _spread_shared(view: AttentionView, edit: ShareKV, shared: SharedKV) -> tupl
     bias = old.output_bias if shared.output_bias is None else _added(old.output_bias, shared.output_bias)
     spread = replace(
         old,
-        key=_mapped(shared.key_maps, shared.key[groups]),
-        value=_mapped(shared.value_maps, shared.value[groups]),
-        key_bias=None if shared.key_bias is None else _mapped(shared.key_maps, shared.key_bias[groups]),
-        value_bias=None if shared.value_bias is None else _mapped(shared.value_maps, shared.value_bias[groups]),
+        key=mapped(shared.key_maps, shared.key[groups]),
+        value=mapped(shared.value_maps, shared.value[groups]),
+        key_bias=None if shared.key_bias is None else mapped(shared.key_maps, shared.key_bias[groups]),
+        value_bias=None if shared.value_bias is None else mapped(shared.value_maps, shared.value_bias[groups]),
         output_bias=bias,
     )
     return spread, layout
@@ -192,9 +180,9 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
     order = [view.layout.query.index(head) for head in layout.query]
     reads = [index // view.layout.group for index in order]
     key_maps, value_maps = shared.key_maps[reads], shared.value_maps[reads]
-    query_bias = None if old.query_bias is None else _mapped(key_maps.mT, old.query_bias[order])
+    query_bias = None if old.query_bias is None else mapped(key_maps.mT, old.query_bias[order])
     new = Projections(
-        query=_mapped(key_maps.mT, old.query[order]),
+        query=mapped(key_maps.mT, old.query[order]),
         key=shared.key,
         value=shared.value,
         output=torch.einsum("dnh,nhi->dni", old.output[:, order].double(), value_maps.double()),
@@ -205,11 +193,6 @@ def share_kv(view: AttentionView, edit: ShareKV, shared: SharedKV) -> None:
         further={path: parts[order] for path, parts in old.further.items()},
     )
     write(view, new, layout)
-
-
-def _mapped(maps: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """(J, H, H) times (J, H, D) or (J, H), in float64."""
-    return torch.einsum("jab,jb...->ja...", maps.double(), heads.double())
 
 
 def _added(bias: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
@@ -299,7 +282,9 @@ def reshape(model: ModelView, layout: Layout) -> None:
             output_bias=old.output_bias,
             further={path: parts.new_zeros(n, *parts.shape[1:]) for path, parts in old.further.items()},
         )
-        write(view, zeros, entry)
+        write(view, zeros, replace(entry, latent=0, owner=None))
+        if entry.compressed:
+            reshape_compressed(model, view, entry)
     # Layouts of version 0.1.0 say nothing about neurons.
     for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
         reshape_mlp(mlp, neurons)

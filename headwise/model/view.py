@@ -6,9 +6,8 @@ query heads have queries and J of the K kv heads have keys; elsewhere R is N and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,34 +19,15 @@ from headwise.model.access import See, attribute, find, hooked, matrix, watched_
 from headwise.model.attend import See as SeeWeights
 from headwise.model.attend import bound, watch
 from headwise.model.attention import unpack_attention
+from headwise.model.families import Family
 from headwise.model.finding import Found, backbones, find_by_path, find_by_type, find_mlp, no_attention
 from headwise.model.grouped import GroupedAttention
+from headwise.model.latent import Borrowed, LatentProjections, read_latent
+from headwise.model.latent_attention import LatentAttention, fits
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
+from headwise.model.projections import Projections
 from headwise.model.timm_attention import unpack_timm
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Projections:
-    """The weights of one attention layer, in this order and shape for every family.
-
-    Attributes:
-        query: (R, H, D); ``key``: (J, H, D); ``value``: (K, H, D).
-        output: (D, N, H).
-        query_bias: (R, H) or None; ``key_bias`` (J, H) and ``value_bias`` (K, H) or None.
-        output_bias: (D,) or None.
-        further: path of a further parameter -> its parts, (N, ...) of any shape behind.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
-    query_bias: torch.Tensor | None
-    key_bias: torch.Tensor | None
-    value_bias: torch.Tensor | None
-    output_bias: torch.Tensor | None
-    further: Mapping[str, torch.Tensor]
 
 
 class AttentionView:
@@ -67,7 +47,7 @@ class AttentionView:
         self.path = found.path
         self.module = found.module
         self.block = found.block
-        self.family = found.family.regrouped() if isinstance(found.module, GroupedAttention) else found.family
+        self.family = _record(found)
         self.runs = found.runs
         self.residual = True
         self.layout = bound(self.caller) or self._plain_layout()
@@ -90,6 +70,13 @@ class AttentionView:
     def fits(self) -> bool:
         """Whether the weights have the shapes that the layout says."""
         layout, H = self.layout, self.layout.head_dim
+        if isinstance(self.module, LatentAttention):
+            return fits(self.module, layout)
+        if layout.latent:
+            found = read_latent(*self._latent_modules(), H)
+            return found.key.shape == found.value.shape == (len(layout.kv), H, layout.latent)
+        if layout.owner is not None:
+            return isinstance(attribute(self.module, self.family.key), Borrowed)
         rows = [len(heads) * H for heads in (layout.scoring, layout.keyed, layout.kv)]
         family = self.family
         paths = [family.query] if family.fused else [family.query, family.key, family.value]
@@ -124,27 +111,46 @@ class AttentionView:
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
-        family, H = self.family, self.layout.head_dim
-        if family.fused:
+        family = self.family
+        if self.layout.compressed:
+            q, qb = self._heads(family.query)
+            # Of a latent, or of another layer: there is nothing to slice or merge head by head.
+            (k, kb), (v, vb) = (q[:0], None), (q[:0], None)
+        elif family.fused:
             weight, bias = self._matrix(attribute(self.module, family.query))
             q, k, v = self._parts(weight)
             qb, kb, vb = (None,) * 3 if bias is None else self._parts(bias)
         else:
-            parts = [self._matrix(attribute(self.module, p)) for p in (family.query, family.key, family.value)]
-            q, k, v = (weight.unflatten(0, (-1, H)) for weight, _ in parts)
-            qb, kb, vb = (None if bias is None else bias.unflatten(0, (-1, H)) for _, bias in parts)
+            (q, qb), (k, kb), (v, vb) = map(self._heads, (family.query, family.key, family.value))
         output, output_bias = self._matrix(self.output)
         return Projections(
             query=q,
             key=k,
             value=v,
-            output=output.unflatten(1, (-1, H)),
+            output=output.unflatten(1, (-1, self.layout.head_dim)),
             query_bias=qb,
             key_bias=kb,
             value_bias=vb,
             output_bias=output_bias,
             further=dict(self._further()),
+            latent=self._latent(),
         )
+
+    def _heads(self, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A projection's weight and bias by heads."""
+        weight, bias = self._matrix(attribute(self.module, path))
+        latent = isinstance(self.module, LatentAttention)
+        # Queries of latent attention have a width of their own.
+        shape = (len(self.layout.query), -1) if latent else (-1, self.layout.head_dim)
+        return weight.unflatten(0, shape), None if bias is None else bias.unflatten(0, shape)
+
+    def _latent(self) -> LatentProjections | None:
+        if not self.layout.latent or isinstance(self.module, LatentAttention):
+            return None
+        return read_latent(*self._latent_modules(), self.layout.head_dim)
+
+    def _latent_modules(self) -> tuple[nn.Module, nn.Module]:
+        return attribute(self.module, self.family.key), attribute(self.module, self.family.value)
 
     def _parts(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values of a fused matrix or bias, each (heads, H, ...)."""
@@ -211,6 +217,13 @@ class AttentionView:
         return watched_input(attribute(self.block, self.family.residual), see)
 
 
+def _record(found: Found) -> Family:
+    """The record of the module that runs a layer now."""
+    if isinstance(found.module, LatentAttention):
+        return found.family.with_latent()
+    return found.family.regrouped() if isinstance(found.module, GroupedAttention) else found.family
+
+
 class ModelView:
     """A model as a sequence of attention layers and MLPs.
 
@@ -248,10 +261,12 @@ class ModelView:
         seen: set[int] = set()
         for view in views:
             view.residual = bool(view.family.residual) or id(view.block) not in seen
-            record = find_mlp(view.block, view.family)
+            # Not of the module that runs the layer now, which may store its weights in another way.
+            family = found[view.index].family
+            record = find_mlp(view.block, family)
             if record is not None and id(view.block) not in seen:
                 path = names[id(view.block)]
-                mlps.append(MlpView(len(mlps), path, view.block, view.family, record, runs=view.runs))
+                mlps.append(MlpView(len(mlps), path, view.block, family, record, runs=view.runs))
             seen.add(id(view.block))
         return cls(module, views, tuple(mlps))
 

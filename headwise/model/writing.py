@@ -11,9 +11,11 @@ from torch import nn
 from headwise.model.access import assign, attribute
 from headwise.model.attend import bind
 from headwise.model.grouped import GroupedAttention, own_config
+from headwise.model.latent import build_latent
 from headwise.model.layout import AttentionLayout, MlpLayout
 from headwise.model.mlp import MlpView, MlpWeights
-from headwise.model.view import AttentionView, Projections
+from headwise.model.projections import Projections
+from headwise.model.view import AttentionView
 
 
 def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> None:
@@ -23,7 +25,11 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
     family = view.family
     weights = [w.flatten(0, 1) for w in (new.query, new.key, new.value)]
     biases = [None if b is None else b.flatten() for b in (new.query_bias, new.key_bias, new.value_bias)]
-    if family.fused:
+    if layout.compressed:
+        _store(view.module, family.query, weights[0], biases[0], transposed=family.transposed)
+        if new.latent is not None:
+            build_latent(view.module, (family.key, family.value), new.latent)
+    elif family.fused:
         bias = None if biases[0] is None else _fused(view, [b for b in biases if b is not None])
         _store(view.module, family.query, _fused(view, weights), bias, transposed=family.transposed)
     else:

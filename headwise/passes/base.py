@@ -19,6 +19,7 @@ from headwise.model import surgery
 from headwise.model.edits import EditPlan
 from headwise.model.forward import of_decoder, real_tokens, run, to_torch
 from headwise.model.layout import Layout
+from headwise.model.shared_kv import SharedKV
 from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
 from headwise.passes.recovery import Progress, Recovery, fold, refit, removed_means
@@ -42,6 +43,15 @@ class Pass(Spec):
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
+
+    def pairs(self, view: ModelView) -> Mapping[int, int]:
+        """Layer -> the earlier layer that it is compared with, where ``needs`` asks for ``CROSS_MOMENT``.
+
+        Raises:
+            PlanError: the options cannot be met on this model.
+        """
+        del view
+        return {}
 
     @abstractmethod
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
@@ -112,7 +122,7 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = collect(view, task, examples, needs, **options)
+    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -177,7 +187,7 @@ def run_pass(
         if recovery.fold_mean:
             fold(view, means)
         if recovery.refit:
-            missed = {plan.edits[position].layer: payload.missed for position, payload in payloads.items()}
+            missed = {plan.edits[i].layer: p.missed for i, p in payloads.items() if isinstance(p, SharedKV)}
             fits = refit(view, teacher, plan, recovery, examples, missed=missed, **shared)
     if _versions(view) != bystanders:
         raise SurgeryError(

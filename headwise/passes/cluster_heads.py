@@ -28,9 +28,9 @@ class ClusterHeadsPass(Pass):
     ratio: float | None = Field(default=None, gt=0, lt=1)
     """Instead of clusters: the share of all query heads that lose their queries, taken where it costs least."""
     affinity: Literal["output", "maps"] = "output"
-    """What makes heads alike: the change of the layer output when one uses the attention weights of the other, after the
-    refit where there is one; or the cosine between attention maps (average linkage, as in the paper). The representative
-    is the medoid."""
+    """What makes heads alike: the change of the layer output when one uses the attention weights of the other, after
+    the refit where there is one; or the cosine between attention maps (average linkage, as in the paper). The
+    representative is the medoid."""
     membership: Literal["static", "online"] = "static"
     """Clusters fixed beforehand, so that queries and keys of the members go; or found anew for every sample from its
     first 5 tokens, as in the paper: only scores are saved. Online is for decoders, with ``affinity: maps``."""

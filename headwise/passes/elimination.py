@@ -97,17 +97,6 @@ def by_reconstruction(
     return Order(units=tuple(order), costs=tuple(costs))
 
 
-def alone(moment: torch.Tensor, weight: torch.Tensor, curvature: torch.Tensor, units: Sequence[Sequence[int]]) -> float:
-    """What putting its mean in the place of each unit costs, one at a time and without a refit, all units together."""
-    mean = moment[-1, :-1]
-    covariance = moment[:-1, :-1] - torch.outer(mean, mean)
-    matters = weight.double().T @ curvature @ weight.double()
-    member = torch.zeros(len(units), len(covariance), dtype=covariance.dtype)
-    for row, unit in enumerate(units):
-        member[row, list(unit)] = 1.0
-    return float((member.T @ member * covariance * matters).sum())
-
-
 def _errors(inverse: torch.Tensor, weighted: torch.Tensor, width: int) -> torch.Tensor:
     """(U,) error of removing each unit alone."""
     if width == 1:

@@ -12,8 +12,9 @@ import torch
 
 from headwise.calibration.energy import GroupEnergy
 from headwise.calibration.merge import Merged, missed
-from headwise.model.surgery import SharedKV, ValueHeads
-from headwise.model.view import AttentionView, Projections
+from headwise.model.projections import Projections
+from headwise.model.shared_kv import SharedKV, ValueHeads
+from headwise.model.view import AttentionView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class KVWeights:
         fold_value = fold and old.output_bias is not None
         key, key_moment = _prepared(old.key, old.key_bias, moment, fold_key)
         value, value_moment = _prepared(old.value, old.value_bias, moment, fold_value)
-        key_weights, value_weights = _error_weights(old, query_moment)
+        key_weights, value_weights = error_weights(old, query_moment)
         if not weighted:
             identity = torch.eye(key.shape[1], dtype=torch.float64)
             key_weights = value_weights = identity.repeat(len(key), 1, 1)
@@ -128,7 +129,7 @@ def _prepared(
     return torch.cat([weights, bias.double()[..., None]], dim=-1), moment
 
 
-def _error_weights(old: Projections, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def error_weights(old: Projections, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(K, H, H) second moments of the queries that read each key head, and of the outputs that read each value head."""
     query = old.query.double()
     bias = torch.zeros(query.shape[:2], dtype=torch.float64) if old.query_bias is None else old.query_bias.double()

@@ -12,12 +12,12 @@ from headwise.model.edits import DropNeurons
 from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes import scores as importance
-from headwise.passes.elimination import Order, alone, by_growth, by_reconstruction, cheapest_first
+from headwise.passes.elimination import Order, by_growth, by_reconstruction, cheapest_first
 
 UnitScore = Literal["reconstruction", "gauss-newton", "fisher", "contribution", "weight-norm", "random"]
 
 NEEDS: Mapping[UnitScore, frozenset[Stat]] = {
-    "reconstruction": frozenset({Stat.FEATURE_MOMENT, Stat.OUTPUT_CURVATURE, Stat.UNIT_GAUSS_NEWTON}),
+    "reconstruction": frozenset({Stat.FEATURE_MOMENT, Stat.OUTPUT_CURVATURE}),
     "gauss-newton": frozenset({Stat.UNIT_GAUSS_NEWTON}),
     "fisher": frozenset({Stat.UNIT_FISHER}),
     "contribution": frozenset({Stat.CONTRIBUTION, Stat.NEURON_SIZE}),
@@ -37,8 +37,7 @@ def _head_order(view: ModelView, layer: AttentionView, stats: HeadStats, score: 
     if score == "reconstruction":
         H = layer.layout.head_dim
         features = [[head * H + i for head in unit for i in range(H)] for unit in units]
-        gates = stats[Stat.UNIT_GAUSS_NEWTON][layer.index].diagonal()
-        return _reconstructed(layer, stats, layer.index, features, gates=float(gates.sum()), at_once=1)
+        return _reconstructed(layer, stats, layer.index, features, at_once=1)
     if score == "contribution":
         costs = stats[Stat.CONTRIBUTION][layer.index].double()
         return cheapest_first(torch.stack([costs[unit].sum() for unit in units]))
@@ -58,35 +57,16 @@ def neuron_orders(view: ModelView, stats: HeadStats, score: UnitScore, *, seed: 
     """
     if score == "reconstruction":
         first = len(view.attention)
-        gates = [float(costs.sum()) for costs in stats[Stat.UNIT_GAUSS_NEWTON][first:]]
-        return [
-            _reconstructed(mlp, stats, first + mlp.index, _single(mlp), gates=gates[mlp.index], at_once=at_once)
-            for mlp in view.mlp
-        ]
+        return [_reconstructed(mlp, stats, first + mlp.index, _single(mlp), at_once=at_once) for mlp in view.mlp]
     return [cheapest_first(costs) for costs in _neuron_costs(view, stats, score, seed)]
 
 
 def _reconstructed(
-    layer: AttentionView | MlpView,
-    stats: HeadStats,
-    place: int,
-    units: Sequence[Sequence[int]],
-    *,
-    gates: float,
-    at_once: int,
+    layer: AttentionView | MlpView, stats: HeadStats, place: int, units: Sequence[Sequence[int]], *, at_once: int
 ) -> Order:
-    """Costs of ``by_reconstruction`` on a scale on which layers can be compared.
-
-    The curvature takes errors of different tokens as independent. In truth they add up where outputs are means over
-    tokens, or cancel: by how much, on average over a layer, is known from single heads and neurons (``gates``, what
-    closing each of them costs in all), for which both can be counted.
-    """
     moment, curvature = stats[Stat.FEATURE_MOMENT][place], stats[Stat.OUTPUT_CURVATURE][place]
     weight, bias = layer.linear()
-    order = by_reconstruction(moment, weight, curvature, units, biased=bias is not None, at_once=at_once)
-    independent = alone(moment, weight, curvature, units)
-    scale = gates / independent if independent > 0 else 1.0
-    return Order(units=order.units, costs=tuple(scale * cost for cost in order.costs))
+    return by_reconstruction(moment, weight, curvature, units, biased=bias is not None, at_once=at_once)
 
 
 def _single(mlp: MlpView) -> list[list[int]]:

@@ -27,9 +27,9 @@ class Prune(Pass):
 
     macs: float = Field(gt=0, lt=1)
     """The share of the model's multiply-accumulates that may stay, at ``export.sequence`` or else 128 tokens."""
-    score: Literal["reconstruction", "gauss-newton", "fisher", "contribution"] = "reconstruction"
-    """What heads and neurons cost: ``reconstruction`` (label-free, what the outputs lose after a refit),
-    ``gauss-newton`` (label-free, what they lose without), ``fisher`` (the same for the loss, needs labels),
+    score: Literal["reconstruction", "gauss-newton", "fisher", "contribution"] = "gauss-newton"
+    """What heads and neurons cost: ``gauss-newton`` (label-free, what the outputs lose when means take their places),
+    ``fisher`` (the same for the loss, needs labels), ``reconstruction`` (label-free, what they lose after a refit),
     ``contribution`` to the layer output."""
     round_to: int = Field(default=8, ge=1)
     """Neurons that stay in an MLP are a multiple of this, so that kernels find whole tiles."""

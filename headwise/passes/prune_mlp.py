@@ -29,10 +29,10 @@ class PruneMlp(Pass):
     """Share of all neurons to remove, from 0 to below 1."""
     widths: int | tuple[int, ...] | None = None
     """Instead of ratio: neurons that stay, one number for all MLPs (those that have fewer keep theirs) or one each."""
-    score: UnitScore = "reconstruction"
-    """How important a neuron is: ``reconstruction`` (label-free, what the outputs lose after a refit), ``gauss-newton``
-    (label-free, what they lose without), ``fisher`` (the same for the loss, needs labels), ``contribution`` through the
-    down projection, ``weight-norm`` (no data), ``random``."""
+    score: UnitScore = "gauss-newton"
+    """How important a neuron is: ``gauss-newton`` (label-free, what the outputs lose when its mean takes its place),
+    ``fisher`` (the same for the loss, needs labels), ``reconstruction`` (label-free, what they lose after a refit),
+    ``contribution`` through the down projection, ``weight-norm`` (no data), ``random``."""
     scope: Literal["model", "layer"] = "model"
     """With ratio: rank all neurons of the model together, or remove the same share in every layer."""
     round_to: int = Field(default=8, ge=1)

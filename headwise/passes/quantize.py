@@ -14,7 +14,7 @@ from pydantic import Field
 from headwise.calibration.formats import GRIDS, quantize_weight, restore
 from headwise.calibration.histogram import RangeMethod, range_of
 from headwise.calibration.products import ReadInput
-from headwise.calibration.ranges import Observed
+from headwise.calibration.ranges import Observed, pooled
 from headwise.errors import PlanError, did_you_mean
 from headwise.model.quantization import Codes, Format, Matrix, MatrixPlan, QuantPlan, scheme
 from headwise.passes.budget import Budget
@@ -104,8 +104,8 @@ class Quantize(Spec):
             planned = [(matrix, self._entry(matrix, seen)) for matrix in matrices if matrix.tap == tap]
             members = [matrix for matrix, plan in planned if plan.format is not None]
             plans = [plan for _, plan in planned if plan.format is not None]
-            if not members:
-                continue
+            if not members or any(matrix.constant for matrix in members):
+                continue  # weights that several layers share would no longer be shared
             if self.smooth == "auto":
                 chosen = best_exponents(members, plans, seen, read)
             else:
@@ -175,13 +175,20 @@ class Quantize(Spec):
             dtype: of the scales in the graph.
         """
         planned = plan.quantized()
-        return {
-            matrix.name: self._codes(matrix, planned[matrix.name], ranges[matrix.tap], read, dtype)
-            for matrix in matrices
-            if matrix.name in planned
-        }
+        members = [matrix for matrix in matrices if matrix.name in planned]
+        made: dict[tuple[str, Format | None, int | None], Codes] = {}
+        found: dict[str, Codes] = {}
+        for matrix in members:
+            entry = planned[matrix.name]
+            key = (matrix.constant or matrix.name, entry.format, entry.block)
+            if key not in made:
+                readers = [other.tap for other in members if matrix.constant and other.constant == matrix.constant]
+                seen = pooled([ranges[tap] for tap in dict.fromkeys(readers or [matrix.tap])])
+                made[key] = self._codes(matrix, entry, seen, dtype)
+            found[matrix.name] = self._corrected(made[key], matrix, entry, ranges[matrix.tap].rows, read, dtype)
+        return found
 
-    def _codes(self, matrix: Matrix, plan: MatrixPlan, seen: Observed, read: ReadInput, dtype: np.dtype[Any]) -> Codes:
+    def _codes(self, matrix: Matrix, plan: MatrixPlan, seen: Observed, dtype: np.dtype[Any]) -> Codes:
         number, weight = plan.format, matrix.weight
         assert number is not None, "only quantized matrices have codes"
         shrink: Array | float = 1.0
@@ -189,13 +196,16 @@ class Quantize(Spec):
             shrink = best_shrink(weight, seen.rows, number, block=plan.block, dtype=dtype)
         if self.rounding == "gptq":
             assert seen.moment is not None, "moments() asked for it"
-            codes = gptq(weight, seen.moment, number, block=plan.block, dtype=dtype, shrink=shrink)
-        else:
-            codes = quantize_weight(weight, number, block=plan.block, dtype=dtype, shrink=shrink)
-        if self.bias_correction and matrix.biased:
-            found = read(seen.rows, plan, dtype) @ restore(codes, plan.block, dtype)
-            codes = replace(codes, bias_delta=(seen.rows @ weight - found).mean(axis=0))
-        return codes
+            return gptq(weight, seen.moment, number, block=plan.block, dtype=dtype, shrink=shrink)
+        return quantize_weight(weight, number, block=plan.block, dtype=dtype, shrink=shrink)
+
+    def _corrected(
+        self, codes: Codes, matrix: Matrix, plan: MatrixPlan, rows: Array, read: ReadInput, dtype: np.dtype[Any]
+    ) -> Codes:
+        if not (self.bias_correction and matrix.biased):
+            return codes
+        found = read(rows, plan, dtype) @ restore(codes, plan.block, dtype)
+        return replace(codes, bias_delta=(rows @ matrix.weight - found).mean(axis=0))
 
     def _weights_only(self, number: Format) -> bool:
         return self.weights_only or number in _ALWAYS_WEIGHTS_ONLY

@@ -15,7 +15,9 @@ from headwise.calibration.tasks import Examples
 from headwise.calibration.value_refit import fit_values
 from headwise.model import surgery
 from headwise.model.edits import DropHeads, DropNeurons, Edit, EditPlan
+from headwise.model.latent_edits import ShareLayers
 from headwise.model.mlp import MlpView
+from headwise.model.shared_kv import ValueHeads
 from headwise.model.view import AttentionView, ModelView
 
 Part = Literal["attention", "mlp"]
@@ -81,13 +83,16 @@ def refit(
     recovery: Recovery,
     examples: Examples,
     *,
-    missed: Mapping[int, surgery.ValueHeads],
+    missed: Mapping[int, ValueHeads],
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, Any]]:
     """Refit, in run order, every layer from the first edited one on that is of the parts to repair."""
     order = view.sublayers
-    first = min(order.index(_layer(view, edit)) for edit in plan.edits)
+    edited = [_layer(view, edit) for edit in plan.edits]
+    # An owner may get other weights before it lends them.
+    edited += [view.attention[edit.owner] for edit in plan.edits if isinstance(edit, ShareLayers)]
+    first = min(map(order.index, edited))
     fits: list[Mapping[str, Any]] = []
     for layer in order[first:]:
         part: Part = "mlp" if isinstance(layer, MlpView) else "attention"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from headwise.model.mlp import MlpWeights
-from headwise.model.view import Projections
+from headwise.model.projections import Projections
 
 
 def random(heads: int, generator: torch.Generator) -> torch.Tensor:

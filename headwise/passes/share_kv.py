@@ -19,7 +19,8 @@ from headwise.calibration.merge import (
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, ShareKV, refuse_clustered
-from headwise.model.surgery import Payloads, SharedKV
+from headwise.model.shared_kv import SharedKV
+from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
 from headwise.passes.grouping import adjacent, cheapest

@@ -117,11 +117,22 @@ def _clustered_online(edit: Mapping[str, Any]) -> str:
     return f"{edit['count']} clusters, formed by every sample"
 
 
+def _latent(edit: Mapping[str, Any]) -> str:
+    return f"keys and values from a latent of {edit['rank']} numbers per token"
+
+
+def _shared_layers(edit: Mapping[str, Any]) -> str:
+    what = f"latent of {edit['rank']} numbers per token" if edit["rank"] else "keys and values"
+    return f"reads the {what} of layer {edit['owner']}"
+
+
 _WORDS = {
     "drop-heads": _dropped,
     "share-kv": _shared,
     "cluster-heads": _clustered,
     "cluster-online": _clustered_online,
+    "latent-kv": _latent,
+    "share-layers": _shared_layers,
 }
 
 

@@ -37,6 +37,8 @@ def inspect_checkpoint(ref: str, sequence: int = 128) -> dict[str, Any]:
             "query": list(layer.layout.query),
             "kv": list(layer.layout.kv),
             "represented": list(layer.layout.represented),
+            "latent": layer.layout.latent,
+            "owner": layer.layout.owner,
             "mlp": mlp_of.get(id(layer.block)),
         }
         for layer in view.attention
@@ -100,7 +102,7 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     table = Table("layer", Column("module", no_wrap=True), "query heads", "kv heads", "head_dim", "neurons")
     for layer in found["layers"]:
         neurons = "none" if layer["mlp"] is None else _neurons(found["mlps"][layer["mlp"]])
-        counts = (layer["query_heads"], layer["kv_heads"], layer["head_dim"], neurons)
+        counts = (layer["query_heads"], _kv_heads(layer), layer["head_dim"], neurons)
         runs = f" ({layer['runs']} runs)" if layer["runs"] > 1 else ""
         table.add_row(str(layer["layer"]), layer["path"] + runs, *map(str, counts))
     macs = (
@@ -116,6 +118,13 @@ def inspection_table(found: dict[str, Any]) -> RenderableType:
     told = [Padding(Text(f"- {limit}"), (0, 0, 0, 2)) for limit in found["limits"]]
     lines += ["limits"] if told else []
     return Group(Text(lines[0], style="bold"), table, *map(Text, lines[1:]), *told)
+
+
+def _kv_heads(layer: dict[str, Any]) -> str:
+    """``12``, or where keys and values come from instead of projections of the layer's own input."""
+    latent = f" from a latent of {layer['latent']}" if layer["latent"] else ""
+    owner = "" if layer["owner"] is None else f" of layer {layer['owner']}"
+    return f"{layer['kv_heads']}{latent}{owner}"
 
 
 def _neurons(mlp: dict[str, Any]) -> str:

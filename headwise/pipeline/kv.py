@@ -15,7 +15,7 @@ from headwise.export.matrices import TapRunner
 from headwise.export.smoothing import require_same
 from headwise.model.quantization import Format
 from headwise.passes.kv import channel_exponents
-from headwise.pipeline.graphs import GRAPH
+from headwise.pipeline.graphs import GRAPH, Graph
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.workspace import Workspace
 
@@ -24,21 +24,22 @@ _SCALES = np.dtype(np.float16)
 _FOLDED = "folded.onnx"
 
 
-def write_kv(workspace: Workspace, monitor: Monitor, source: Path, number: Format, folder: Path) -> dict[str, Any]:
+def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, number: Format, folder: Path) -> dict[str, Any]:
     """Scale the channels of keys and values, prove that this changes nothing, then quantize them.
 
     Args:
         workspace: has the calibration samples.
         monitor: receives progress.
-        source: an fp32 graph.
+        graph: in fp32.
         number: the format.
         folder: gets the graph.
 
     Returns:
         What the report says: tensors, how many of them have a scale per channel, and the error of the folded graph.
     """
+    source = graph.path
     model = onnx.load(str(source))
-    cached = find_cached(model)
+    cached = find_cached(model, graph.scopes)
     names = [entry.name for entry in cached]
     taps = [Tap(name=name, dims=("batch", "heads", "sequence", "width"), heads=True) for name in names]
     examples = workspace.calibration

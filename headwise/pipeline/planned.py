@@ -88,6 +88,9 @@ class Planned:
                 [*self.matrices, *self.tables], [*self.plan.matrices, *self.plan.tables], strict=True
             )
         ]
+        for index, row in enumerate(rows):
+            if row["shared"] and any(row["shared"] == other["shared"] for other in rows[:index]):
+                row |= {"bytes_before": 0, "bytes_after": 0}  # the first one counts for all
         about = {key: self.sweep[key] for key in ("metric", "samples") if key in self.sweep}
         return {"record": {"matrices": rows, "scales": dict(self.scales), "kv": dict(self.kv), "sweep": about}}
 
@@ -109,6 +112,7 @@ class Planned:
             "outputs": matrix.weight.shape[1],
             "scheme": entry.scheme,
             "reason": entry.reason,
+            "shared": matrix.constant,
             "error": error,
             "drop": self.sweep.get("drops", {}).get(matrix.name),
             "bytes_before": stored_bytes(matrix, replace(entry, format=None), dtype),

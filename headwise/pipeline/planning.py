@@ -85,7 +85,7 @@ def _title(entry: dict[str, Any]) -> str:
     before, after = (_counts(entry[when]) for when in ("before", "after"))
     gone = {name: had - after[name] for name, had in before.items() if had > after[name]}
     if "query heads" in gone or "kv heads" in gone:
-        # Queries and keys went with their heads.
+        # Queries, keys and numbers went with their heads.
         gone = {name: count for name, count in gone.items() if name.endswith(("heads", "neurons"))}
     counts = ", ".join(f"{count} of {before[name]} {name}" for name, count in gone.items())
     return f"{entry['pass']}: {counts or 'nothing'} would go"
@@ -100,6 +100,7 @@ def _counts(layout: dict[str, Any]) -> dict[str, int]:
         "kv heads": sum(len(entry.kv) for entry in layouts),
         "queries": sum(len(entry.scoring) for entry in layouts),
         "keys": sum(len(entry.keyed) for entry in layouts),
+        "kv numbers per token": sum(entry.kv_width for entry in layouts),
         "neurons": sum(len(mlp.neurons) for mlp in found.mlp),
     }
 

@@ -109,7 +109,7 @@ class Quantizer:
             return replace(made, tables=tables, plan=replace(made.plan, tables=options.plan_tables(tables)))
 
         def make(folder: Path) -> dict[str, Any]:
-            return {"kv": write_kv(self.workspace, self.monitor, self.source.path, number, folder)}
+            return {"kv": write_kv(self.workspace, self.monitor, self.source, number, folder)}
 
         key = {**self._ranges_key(), "kv": number, **versions("onnx")}
         stored, _ = self.store.get(f"{self.source.path.parent.name}.kv", "kv", key, make)

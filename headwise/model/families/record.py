@@ -175,6 +175,11 @@ class Family:
             bookkeeping={"num_key_value_groups": group_size},
         )
 
+    def with_latent(self) -> Family:
+        """The record of ``LatentAttention`` in the place of this family's attention modules."""
+        plain = self.regrouped()
+        return replace(plain, key="kv_down", value="v_up", caller="", transposed=False, per_head={}, bookkeeping={})
+
 
 def query_heads(layout: AttentionLayout) -> int:
     """How many query heads there are."""

@@ -119,5 +119,7 @@ DEBERTA_V2 = Family(
         "share-kv": "its scores have terms between keys and the positions of the very same head, and its class gives "
         "keys as many heads as queries",
         "cluster-heads": "its class computes scores itself, with terms of positions for every head",
+        "latent-kv": "its keys are also projected from positions, of which the latent knows nothing",
+        "share-layers": "its keys are also projected from positions, which belong to no other layer's keys",
     },
 )

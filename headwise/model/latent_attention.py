@@ -1,0 +1,241 @@
+"""Multi-head latent attention of decoders: the cache holds one latent and one rotary key per token, nothing else.
+
+Shape letters: B batch, T query tokens, S key tokens, D model width, N query heads, K kv heads, H head_dim, r rank of
+the latent, P width of the part of a query that meets keys from the latent, R width of the part that meets rotary keys,
+M rotary keys per token: one that all heads share, or one per kv head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headwise.model.attention import linear
+from headwise.model.grouped import eager_attention
+from headwise.model.latent import LatentProjections
+from headwise.model.layout import AttentionLayout
+
+Form = Literal["auto", "absorbed", "unabsorbed"]
+_form: ContextVar[Form] = ContextVar("latent_form", default="auto")
+
+
+@contextmanager
+def latent_form(name: Form) -> Iterator[None]:
+    """Choose how latent attention computes while the block runs.
+
+    ``unabsorbed`` computes keys and values of all heads from the latents: the least work for many query tokens.
+    ``absorbed`` moves that into queries and outputs, so that attention reads the latents as they are: the least work
+    for one query token and many latents. ``auto`` absorbs where one token is added to a cache.
+    """
+    token = _form.set(name)
+    try:
+        yield
+    finally:
+        _form.reset(token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionWeights:
+    """The weights of ``LatentAttention`` except the output projection.
+
+    Attributes:
+        query: (N, P + R, D), of every head first the part that meets the latent; ``query_bias`` (N, P + R) or None.
+        latent: from the latent to keys (K, P, r) and values (K, H, r), with their biases or without.
+        rotary: (M, R, D) rotary keys, coordinates i and i + R / 2 a pair; ``rotary_bias`` (M, R) or None.
+        frequencies: (M, R / 2) which of the model's frequencies turns a pair.
+    """
+
+    query: torch.Tensor
+    query_bias: torch.Tensor | None
+    latent: LatentProjections
+    rotary: torch.Tensor
+    rotary_bias: torch.Tensor | None
+    frequencies: torch.Tensor
+
+
+class LatentAttention(nn.Module):
+    """Causal self-attention of transformers by way of a latent.
+
+    Takes the place of attention modules and is called as they are. A cache is given two tensors per layer, as if they
+    were keys and values: the latents (B, 1, S, r) and the rotated rotary keys (B, M, S, R).
+
+    Attributes:
+        q_proj: D -> N * (P + R); ``kv_down`` D -> r, or the identity; ``rotary_key`` D -> M * R, or None;
+            ``k_up`` r -> K * P; ``v_up`` r -> K * H; ``out_proj`` N * H -> D.
+        frequencies: (M, R / 2).
+        num_key_value_groups: N / K; read by the attention functions.
+    """
+
+    frequencies: torch.Tensor
+
+    def __init__(
+        self, original: nn.Module, output: tuple[torch.Tensor, torch.Tensor | None], weights: LatentAttentionWeights
+    ) -> None:
+        super().__init__()
+        source: Any = original
+        self.config, self.layer_idx = source.config, source.layer_idx
+        self.is_causal, self.scaling = source.is_causal, source.scaling
+        self.attention_dropout = _dropout(source)
+        self.resid_dropout = getattr(original, "resid_dropout", None) or nn.Identity()
+        self.head_dim = weights.latent.value.shape[1]
+        self.kv_heads = len(weights.latent.value)
+        self.num_key_value_groups = len(weights.query) // self.kv_heads
+        self.unrotated = weights.latent.key.shape[1]
+        down = weights.latent.down
+        self.q_proj = linear(*_flat(weights.query, weights.query_bias))
+        self.kv_down = nn.Identity() if down is None else linear(down, None)
+        self.rotary_key = linear(*_flat(weights.rotary, weights.rotary_bias)) if weights.rotary.shape[1] else None
+        self.k_up = linear(*_flat(weights.latent.key, weights.latent.key_bias)) if self.unrotated else None
+        self.v_up = linear(*_flat(weights.latent.value, weights.latent.value_bias))
+        self.out_proj = linear(*output)
+        self.register_buffer("frequencies", weights.frequencies.long())
+        self.train(original.training)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.unrotated + 2 * self.frequencies.shape[1]))
+        plain, turned = query.transpose(1, 2).split([self.unrotated, 2 * self.frequencies.shape[1]], dim=-1)
+        latent, rotary = self.kv_down(hidden_states)[:, None], self._rotary_keys(hidden_states)
+        if position_embeddings is not None:
+            group = query.shape[2] // len(self.frequencies)
+            turned = self._turned(turned, position_embeddings, group)
+            rotary = self._turned(rotary, position_embeddings, 1)
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            latent, rotary = cache.update(latent, rotary, self.layer_idx)
+        form = _form.get()
+        if form == "auto":
+            form = "absorbed" if cache is not None and hidden_states.shape[1] == 1 else "unabsorbed"
+        attend = self._absorbed if form == "absorbed" else self._unabsorbed
+        mixed, weights = attend(plain, turned, latent, rotary, attention_mask, kwargs)
+        output: torch.Tensor = self.resid_dropout(self.out_proj(mixed.flatten(2)))
+        return output, weights
+
+    def _rotary_keys(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, M, T, R), not turned yet."""
+        count, pairs = self.frequencies.shape
+        if self.rotary_key is None:
+            return hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 0)
+        keys: torch.Tensor = self.rotary_key(hidden).unflatten(-1, (count, 2 * pairs)).transpose(1, 2)
+        return keys
+
+    def _turned(self, heads: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], group: int) -> torch.Tensor:
+        """Rotate (B, M * group, T, R) by angles whose cosines and sines are (B, T, F), twice over."""
+        cos, sin = (table[..., self.frequencies].transpose(1, 2) for table in positions)
+        cos, sin = (
+            table.repeat_interleave(group, dim=1) if len(self.frequencies) > 1 else table for table in (cos, sin)
+        )
+        left, right = heads.chunk(2, dim=-1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+    def _unabsorbed(
+        self,
+        plain: torch.Tensor,
+        turned: torch.Tensor,
+        latent: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, T, P) and (B, N, T, R) queries, (B, 1, S, r) latents, (B, M, S, R) rotary keys -> (B, T, N, H)."""
+        value = self.v_up(latent[:, 0]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        parts = [rotary.expand(-1, self.kv_heads, -1, -1)]
+        if self.k_up is not None:
+            parts.insert(0, self.k_up(latent[:, 0]).unflatten(-1, (-1, self.unrotated)).transpose(1, 2))
+        key, query = torch.cat(parts, dim=-1), torch.cat([plain, turned], dim=-1)
+        # Fused kernels want queries, keys and values of one width.
+        width = max(key.shape[-1], self.head_dim)
+        query, key, value = (F.pad(heads, (0, width - heads.shape[-1])) for heads in (query, key, value))
+        mixed, weights = self._attend(query, key, value, mask, options)
+        return mixed[..., : self.head_dim], weights
+
+    def _absorbed(
+        self,
+        plain: torch.Tensor,
+        turned: torch.Tensor,
+        latent: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same; all query heads read one head, which is the latent with the rotary keys behind it."""
+        rank, count = latent.shape[-1], len(self.frequencies)
+        parts = [latent, rotary.transpose(1, 2).flatten(2)[:, None]]
+        queries = [plain.new_zeros(*plain.shape[:3], rank)]
+        if self.k_up is not None:
+            up = self.k_up.weight.unflatten(0, (self.kv_heads, self.unrotated))
+            grouped = plain.unflatten(1, (self.kv_heads, -1))
+            queries = [torch.einsum("bkgtp,kpr->bkgtr", grouped, up).flatten(1, 2)]
+        if count > 1:
+            # A query meets the rotary key of its own kv head only.
+            own = torch.eye(count, dtype=turned.dtype, device=turned.device)
+            turned = torch.einsum("bkgtr,km->bkgtmr", turned.unflatten(1, (count, -1)), own).flatten(4).flatten(1, 2)
+        key = torch.cat(parts, dim=-1)
+        mixed, weights = self._attend(torch.cat([*queries, turned], dim=-1), key, key, mask, options, shared=True)
+        up = self.v_up.weight.unflatten(0, (self.kv_heads, self.head_dim))
+        grouped = mixed[..., :rank].unflatten(2, (self.kv_heads, -1))
+        values = torch.einsum("btkgr,khr->btkgh", grouped, up)
+        if self.v_up.bias is not None:
+            values = values + self.v_up.bias.unflatten(0, (self.kv_heads, 1, self.head_dim))
+        return values.flatten(2, 3), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+        *,
+        shared: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        caller: Any = _Caller(self, query.shape[1]) if shared else self
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        found: tuple[torch.Tensor, torch.Tensor | None] = attend(
+            caller, query, key, value, mask, dropout=dropout, scaling=self.scaling, **options
+        )
+        return found
+
+
+class _Caller:
+    """What attention functions ask their caller, where all query heads read one head."""
+
+    def __init__(self, module: LatentAttention, group: int) -> None:
+        self.num_key_value_groups = group
+        self.training, self.is_causal, self.config = module.training, module.is_causal, module.config
+
+
+def _dropout(original: Any) -> float:
+    found = getattr(original.config, "attention_dropout", None)
+    return float(getattr(original.config, "attn_pdrop", 0.0) if found is None else found)
+
+
+def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(heads, width, D) and (heads, width) as one matrix and one bias."""
+    return weight.flatten(0, 1), None if bias is None else bias.flatten()
+
+
+def fits(module: LatentAttention, layout: AttentionLayout) -> bool:
+    """Whether the weights have the shapes that the layout says."""
+    down = module.kv_down
+    rank = down.out_features if isinstance(down, nn.Linear) else module.v_up.in_features
+    rotary = 0 if module.rotary_key is None else module.rotary_key.out_features
+    queries = len(layout.query) * (layout.unrotated + layout.rotary // layout.rotary_heads)
+    have = rank, rotary, module.q_proj.out_features, module.v_up.out_features
+    return bool(have == (layout.latent, layout.rotary, queries, len(layout.kv) * layout.head_dim))

@@ -1,0 +1,173 @@
+"""Convert attention to multi-head latent attention: keys and values of all heads from one small latent per token."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from headwise.calibration.latent import spread_rank
+from headwise.calibration.rotary import RotaryParts
+from headwise.calibration.stats import HeadStats, Stat
+from headwise.errors import PlanError
+from headwise.model.edits import EditPlan, refuse_clustered
+from headwise.model.latent import latent_cost
+from headwise.model.latent_edits import LatentKV
+from headwise.model.surgery import Payloads
+from headwise.model.view import AttentionView, ModelView
+from headwise.passes.base import Pass
+from headwise.passes.latent_rotary import RotarySplit, refuse_cached, rest_reader, rotary_latent
+from headwise.passes.latent_weights import LatentProblem, Reader
+from headwise.passes.recovery import Recovery
+
+
+class LatentKVPass(Pass):
+    """Compute keys and values of all heads of a layer from one latent (MLA); the heads themselves stay."""
+
+    name: ClassVar[str] = "latent-kv"
+    summary: ClassVar[str] = "keys and values of all heads from one small latent per token (MHA or GQA to MLA)"
+    paper: ClassVar[str] = "arXiv 2502.07864, 2603.17946"
+
+    rank: int | tuple[int, ...] | None = None
+    """Numbers per token of the latent: one for all layers, or one per layer. A layer in which a latent of this size
+    would lose nothing takes no more than it needs."""
+    energy: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of rank: every layer takes the smallest latent that keeps this share of its keys and values."""
+    budget: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of rank: latents of all layers together have this share of the numbers that keys and values have, spread
+    to where one more number gains most."""
+    method: Literal["outputs", "weights"] = "outputs"
+    """What the latent keeps: the principal components of keys and values on calibration data, or of their weights."""
+    weighted: bool = True
+    """Weight errors of keys and values by what queries and output projection make of them."""
+    balanced: bool = True
+    """Give keys and values the same say, whatever their sizes."""
+    route: Literal["merge", "heads"] = "merge"
+    """Of decoders with rotary positions: ``merge`` keeps one rotary key for all heads, in a basis of principal
+    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA)."""
+    rotary: int | None = Field(default=None, ge=2)
+    """Numbers per token of the rotary keys of a layer; without it as many as one head has, or 2 for every head."""
+    fold: int = Field(default=1, ge=1)
+    """Neighbouring frequencies that share components under ``route: merge`` (FreqFold); above 1 it is approximate."""
+    basis: Literal["complex", "real"] = "complex"
+    """How ``route: merge`` mixes heads: with complex numbers, which can turn them against each other, or with real
+    ones, as the paper does."""
+    select: Literal["change", "norm"] = "change"
+    """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or
+    its share in the scores."""
+    distance: int = Field(default=256, ge=2)
+    """Tokens of a typical sequence, for ``select: change``."""
+    refit: bool = True
+    """Refit the output projections in closed form afterwards."""
+    ridge: float = Field(default=0.1, gt=0)
+    """Pull of the refit towards the present weights, in units of the mean squared head output."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> LatentKVPass:
+        if sum(given is not None for given in (self.rank, self.energy, self.budget)) != 1:
+            raise ValueError("give one of rank, energy and budget")
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        if any(rank is not None and rank < 1 for rank in ranks):
+            raise ValueError("a latent has at least one number per token")
+        return self
+
+    def needs(self) -> frozenset[Stat]:
+        return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
+
+    def recovery(self) -> Recovery:
+        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+
+    def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
+        for layer in view.attention:
+            refuse_clustered(layer.index, layer.layout)
+            if cached(layer):
+                refuse_cached(layer)
+        solved = [self._problem(view, layer, stats) for layer in view.attention]
+        problems = [problem for problem, _ in solved]
+        ranks = self._ranks(view, problems, sum(0 if p is None else p.rotary.shape[:2].numel() for _, p in solved))
+        edits, notes = [], {}
+        for layer, (problem, parts), rank in zip(view.attention, solved, ranks, strict=True):
+            rotary: dict[str, int] = {}
+            if parts is not None:
+                heads, width, _ = parts.rotary.shape
+                plain = parts.rest.shape[1]
+                rotary = {"rotary": heads * width, "rotary_heads": heads, "unrotated": plain}
+            edits.append(LatentKV(layer=layer.index, rank=rank, **rotary))
+            notes[layer.index] = describe_latent(layer, problem, rank)
+        return EditPlan(edits=tuple(edits), notes=notes)
+
+    def payloads(self, view: ModelView, stats: HeadStats, plan: EditPlan) -> Payloads:
+        found = {}
+        for position, edit in enumerate(plan.edits):
+            if isinstance(edit, LatentKV):
+                layer = view.attention[edit.layer]
+                problem, parts = self._problem(view, layer, stats)
+                (weights,) = problem.solve(edit.rank)
+                found[position] = weights if parts is None else rotary_latent(layer, parts, weights)
+        return found
+
+    def _problem(
+        self, view: ModelView, layer: AttentionView, stats: HeadStats
+    ) -> tuple[LatentProblem, RotaryParts | None]:
+        """The latents of a layer, and of a layer with a kv cache what stays beside them."""
+        split = RotarySplit(
+            merged=self.route == "merge",
+            numbers=self.rotary,
+            fold=self.fold,
+            basis=self.basis,
+            select=self.select,
+            distance=self.distance,
+        )
+        parts = split.parts(view, layer, stats) if cached(layer) else None
+        reader = Reader.of(layer, stats) if parts is None else rest_reader(layer, stats, parts)
+        moment, data = stats[Stat.INPUT_MOMENT][layer.index], self.method == "outputs"
+        return LatentProblem.of([reader], moment, data=data, weighted=self.weighted, balanced=self.balanced), parts
+
+    def _ranks(self, view: ModelView, problems: list[LatentProblem], rotary: int) -> list[int]:
+        """Numbers per latent; ``rotary`` numbers of all layers are taken already."""
+        full = [problem.full for problem in problems]
+        if self.energy is not None:
+            return [min(p.latent.rank_for(self.energy), limit) for p, limit in zip(problems, full, strict=True)]
+        if self.budget is not None:
+            numbers = round(self.budget * sum(layer.kv_width for layer in view.layout.attention)) - rotary
+            if numbers < len(problems):
+                raise PlanError(
+                    f"budget {self.budget} leaves {numbers} numbers per token for {len(problems)} latents",
+                    expected="at least one in every layer",
+                    fix="raise the budget, or lower rotary",
+                )
+            return spread_rank([problem.latent.energy for problem in problems], numbers, full)
+        assert self.rank is not None, "validated: one of the three is given"
+        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(problems)
+        if len(wanted) != len(problems):
+            raise PlanError(
+                f"rank has {len(wanted)} entries",
+                expected=f"one per attention layer: {len(problems)}",
+                fix="give one number for all layers, or one per layer",
+            )
+        return [min(rank, limit) for rank, limit in zip(wanted, full, strict=True)]
+
+
+def cached(layer: AttentionView) -> bool:
+    """Whether a layer is run with a kv cache of its own, in which the latent takes the place of keys and values."""
+    return layer.family.causal and not layer.family.decoder
+
+
+def describe_latent(layer: AttentionView, problem: LatentProblem, rank: int) -> str:
+    """What a latent keeps and costs, in words."""
+    cost = latent_cost(layer.layout, problem.width, rank)
+    return (
+        f"loses {problem.latent.lost(rank):.1%} of keys and values; multiply-accumulates per token for them "
+        f"{cost['dense']:,} before, {cost['unabsorbed']:,} now; absorbed {cost['absorbed']:,}, but "
+        f"{cost['absorbed_pair']:,} instead of {cost['pair']:,} per pair of tokens"
+    )
+
+
+def refuse_causal(layer: AttentionView) -> None:
+    """Raise PlanError for a layer that is run with a kv cache."""
+    if cached(layer):
+        raise PlanError(
+            f"layer {layer.index} ({layer.family.name}) is run with a kv cache",
+            expected="a layer whose keys and values are projected anew for every token",
+            fix="use share-kv for this model",
+        )

@@ -1,0 +1,151 @@
+"""Quantization of graphs whose layers were edited before: pruned, shared, clustered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import LAYERS, make_inputs, make_model
+from test_share_kv import share
+
+from headwise.calibration.products import quantized_input
+from headwise.calibration.ranges import Observed, collect_ranges
+from headwise.calibration.tasks import Examples
+from headwise.errors import ExportError
+from headwise.export.kv import find_cached, fold_channels, quantize_cached
+from headwise.export.matrices import TapRunner, find_matrices, find_taps
+from headwise.export.onnx import to_onnx
+from headwise.export.quantize import SCALE_DTYPES, write_quantized
+from headwise.export.runners import OrtRunner
+from headwise.export.smoothing import require_same, smooth
+from headwise.model.attend import Form, form
+from headwise.model.edits import ClusterHeads, DropHeads, DropNeurons, EditPlan
+from headwise.model.surgery import apply
+from headwise.model.view import ModelView
+from headwise.passes.kv import channel_exponents
+from headwise.passes.quantize import Quantize
+
+Array = Any
+PRUNED = EditPlan(
+    edits=(
+        DropHeads(layer=0, query=(0, 1)),
+        DropHeads(layer=2, query=(2, 3)),
+        DropNeurons(layer=1, neurons=tuple(range(0, 48, 3))),
+    )
+)
+CLUSTERED = EditPlan(edits=tuple(ClusterHeads(layer=i, clusters=((2, 0), (1, 3))) for i in range(LAYERS - 1)))
+
+
+def prune(family: str, view: ModelView) -> None:
+    del family
+    apply(view, PRUNED)
+
+
+def share_kv(family: str, view: ModelView) -> None:
+    share(view, family, kv_heads=2)
+
+
+def cluster(family: str, view: ModelView) -> None:
+    del family
+    apply(view, CLUSTERED)
+
+
+CASES: dict[str, tuple[str, Callable[[str, ModelView], None], Form, int]] = {
+    "pruned llama": ("llama", prune, "fused", 6),
+    "shared bert": ("bert", share_kv, "fused", 6),
+    # Queries and keys of clustered layers are repeated: their scales do not fold, those of the values do.
+    "clustered bert, fused": ("bert", cluster, "fused", 4),
+    "clustered bert, gathered": ("bert", cluster, "gathered", 0),
+}
+"""Family, edit, form of the graph, and the keys and values with a scale per channel; 0 where they cannot be told."""
+Case = tuple[Path, dict[str, Array], int]
+
+
+def ranges(path: Path, inputs: dict[str, Array], names: list[str]) -> dict[str, Observed]:
+    rows = [{name: array[index] for name, array in inputs.items()} for index in range(len(next(iter(inputs.values()))))]
+    return collect_ranges(TapRunner(path, names), Examples.of(rows, source="made up"), find_taps(path, names))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """An fp32 graph of an edited model, inputs for it, and the number from the table."""
+    family, edit, name, folds = CASES[request.param]
+    path = tmp_path_factory.mktemp("edited") / "model.onnx"
+    view = ModelView.of(make_model(family))
+    edit(family, view)
+    inputs = {key: tensor.numpy() for key, tensor in make_inputs(family).items()}
+    dynamic = dict.fromkeys(inputs, (0, 1))
+    with form(name):
+        to_onnx(view.module, inputs, path, dynamic=dynamic)
+    return path, inputs, folds
+
+
+def outputs(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
+    with OrtRunner(path, ignore=inputs) as runner:
+        return runner(inputs)
+
+
+def distance(reference: dict[str, Array], found: dict[str, Array]) -> float:
+    return max(float(np.linalg.norm(found[n] - reference[n]) / np.linalg.norm(reference[n])) for n in reference)
+
+
+@pytest.mark.parametrize("number", ["int8", "int4"])
+def test_every_matrix_that_is_left_is_quantized(case: Case, number: Any) -> None:
+    path, inputs, _ = case
+    options = Quantize(format=number, block=16, smooth=0.5)
+    matrices = find_matrices(path)
+    seen = ranges(path, inputs, [matrix.tap for matrix in matrices])
+    scales = options.smoothing(matrices, seen, quantized_input)
+    assert scales
+    model = onnx.load(str(path))
+    names = list(options.plan(matrices, seen).quantized())
+    smooth(model, scales, names)
+    smoothed = path.with_name("smoothed.onnx")
+    onnx.save(model, str(smoothed))
+    assert require_same(path, smoothed, inputs) < 1e-5
+    matrices = find_matrices(smoothed)
+    seen = ranges(smoothed, inputs, [matrix.tap for matrix in matrices])
+    plan, dtype = options.plan(matrices, seen), SCALE_DTYPES["fp16"]
+    codes = options.codes(plan, matrices, seen, quantized_input, dtype)
+    out = path.with_name("quantized.onnx")
+    written = write_quantized(smoothed, out, plan, codes, precision="fp16")
+    odd = [entry.name for entry in plan.matrices if entry.format is None]
+    assert len(written.promises) + len(odd) == len(matrices) >= 4 * LAYERS
+    assert number == "int4" or not odd
+    assert all("inputs are no multiple of 16" in entry.reason for entry in plan.matrices if entry.name in odd)
+    error = distance(outputs(path, inputs), outputs(out, inputs))
+    assert 1e-4 < error < {"int8": 0.1, "int4": 0.5}[number]
+
+
+def test_keys_and_values_that_are_left_are_quantized(case: Case) -> None:
+    path, inputs, folds = case
+    model = onnx.load(str(path))
+    if not folds:
+        with pytest.raises(
+            ExportError, match=r"the keys and values of encoder\.layer\.0\.attention\.self cannot be told"
+        ):
+            find_cached(model, [f"encoder.layer.{index}.attention.self" for index in range(LAYERS)])
+        return
+    cached = find_cached(model)
+    assert len(cached) == 2 * LAYERS
+    names = [entry.name for entry in cached]
+    values = TapRunner(path, names)(inputs)
+    exponents = {
+        entry.name: channel_exponents(
+            np.abs(values[entry.name]).max(axis=(0, 2)).ravel(), width=entry.width, pairs=entry.pairs
+        )
+        for entry in cached
+    }
+    folded = fold_channels(model, exponents)
+    assert len(folded) == folds
+    out = path.with_name("folded.onnx")
+    onnx.save(model, str(out))
+    assert require_same(path, out, inputs) < 1e-4
+    largest = {name: float(np.abs(array).max()) for name, array in TapRunner(out, names)(inputs).items()}
+    quantize_cached(model, {name: value / 127 for name, value in largest.items()}, "int8")
+    onnx.save(model, str(out))
+    assert 1e-5 < distance(outputs(path, inputs), outputs(out, inputs)) < 0.05
