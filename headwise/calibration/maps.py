@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from headwise.calibration.exchange import ExchangeSums
 from headwise.model.view import AttentionView
 
 
@@ -20,16 +21,18 @@ class MapSums:
         similarity: (N, N) sum over rows of the cosine between two heads' weights, all valid query tokens side by side.
         cost: (N, N) sum over valid tokens of the squared change of the layer output when head i, in the row, uses the
             weights of head j, in the column.
+        exchange: products behind the cost after a refit; None where nobody needs it.
         rows: batch rows so far; ``tokens``: valid query tokens so far.
     """
 
-    def __init__(self, layer: AttentionView, *, exchange: bool) -> None:
+    def __init__(self, layer: AttentionView, *, cost: bool, repaired: bool) -> None:
         heads = len(layer.layout.query)
         self.similarity = torch.zeros(heads, heads, dtype=torch.float64)
         self.cost = torch.zeros(heads, heads, dtype=torch.float64)
         self.rows = self.tokens = 0
         output = layer.read().output
-        self.metric = torch.einsum("dnh,dni->nhi", output, output) if exchange else None
+        self.metric = torch.einsum("dnh,dni->nhi", output, output) if cost else None
+        self.exchange = ExchangeSums(heads, layer.layout.head_dim) if repaired else None
 
     @contextmanager
     def watched(self, layer: AttentionView, mask: torch.Tensor | None) -> Iterator[None]:
@@ -50,9 +53,13 @@ class MapSums:
         self.similarity += (maps @ maps.mT).sum(0).double()
         self.rows += rows
         self.tokens += int(valid.sum())
-        if self.metric is None:
+        if self.metric is None and self.exchange is None:
             return
-        own = weights @ values
+        own = (weights @ values).transpose(1, 2)[valid]
         for used in range(weights.shape[1]):
-            change = (weights[:, used, None] @ values - own).transpose(1, 2)[valid]
-            self.cost[:, used] += torch.einsum("tnh,nhi,tni->n", change, self.metric, change).double()
+            given = (weights[:, used, None] @ values).transpose(1, 2)[valid]
+            if self.exchange is not None:
+                self.exchange.add(own, used, given)
+            if self.metric is not None:
+                change = given - own
+                self.cost[:, used] += torch.einsum("tnh,nhi,tni->n", change, self.metric, change).double()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from headwise.calibration.cross import CrossSums
+from headwise.calibration.exchange import LARGEST, room
 from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
@@ -57,6 +58,10 @@ class Stat(StrEnum):
     """Per layer (N, N): entry (i, j) is the mean over tokens of the squared change of the layer output when head i uses
     the attention weights of head j."""
 
+    REPAIRED_COST = "repaired-cost"
+    """The same when the output projection is solved anew for it, see ``calibration.exchange``; before that where the
+    products of all layers would not fit in memory."""
+
     NEURON_MEAN = "neuron-mean"
     """Per MLP (F,): mean over tokens of what a neuron gives."""
 
@@ -90,7 +95,7 @@ class Stat(StrEnum):
 
 
 GRADIENTS = frozenset({Stat.LOSS_GRADIENT, Stat.GAUSS_NEWTON})
-WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST})
+WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST, Stat.REPAIRED_COST})
 MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
@@ -202,7 +207,9 @@ class _Sums:
         self.cross = CrossSums({})
         self.neurons = NeuronSums(view)
         self.features = FeatureMoments(view)
-        self.maps = [MapSums(v, exchange=Stat.EXCHANGE_COST in needs) for v in view.attention]
+        repaired = Stat.REPAIRED_COST in needs and room(view.attention) <= LARGEST
+        cost = Stat.EXCHANGE_COST in needs or (Stat.REPAIRED_COST in needs and not repaired)
+        self.maps = [MapSums(v, cost=cost, repaired=repaired) for v in view.attention]
 
     def add(self, task: Task, examples: Examples, batch: Batch) -> None:
         inputs = to_torch(batch.inputs)
@@ -293,6 +300,11 @@ class _Sums:
             every[Stat.MAP_SIMILARITY] = tuple(maps.similarity / maps.rows for maps in self.maps)
         if Stat.EXCHANGE_COST in self.needs:
             every[Stat.EXCHANGE_COST] = tuple(maps.cost / maps.tokens for maps in self.maps)
+        if Stat.REPAIRED_COST in self.needs:
+            every[Stat.REPAIRED_COST] = tuple(
+                (maps.cost if maps.exchange is None else maps.exchange.cost(weight)) / maps.tokens
+                for maps, weight in zip(self.maps, self.weights, strict=True)
+            )
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)

@@ -28,8 +28,9 @@ class ClusterHeadsPass(Pass):
     ratio: float | None = Field(default=None, gt=0, lt=1)
     """Instead of clusters: the share of all query heads that lose their queries, taken where it costs least."""
     affinity: Literal["output", "maps"] = "output"
-    """What makes heads alike: the change of the layer output when one uses the attention weights of the other, or the
-    cosine between their attention maps (average linkage, as in the paper). The representative is the medoid."""
+    """What makes heads alike: the change of the layer output when one uses the attention weights of the other, after
+    the refit where there is one; or the cosine between attention maps (average linkage, as in the paper). The
+    representative is the medoid."""
     membership: Literal["static", "online"] = "static"
     """Clusters fixed beforehand, so that queries and keys of the members go; or found anew for every sample from its
     first 5 tokens, as in the paper: only scores are saved. Online is for decoders, with ``affinity: maps``."""
@@ -51,7 +52,11 @@ class ClusterHeadsPass(Pass):
         return self
 
     def needs(self) -> frozenset[Stat]:
-        return frozenset({Stat.EXCHANGE_COST} | ({Stat.MAP_SIMILARITY} if self.affinity == "maps" else set()))
+        return frozenset({self._cost} | ({Stat.MAP_SIMILARITY} if self.affinity == "maps" else set()))
+
+    @property
+    def _cost(self) -> Stat:
+        return Stat.REPAIRED_COST if self.refit else Stat.EXCHANGE_COST
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
@@ -124,7 +129,7 @@ class ClusterHeadsPass(Pass):
 
     def _errors(self, layer: AttentionView, stats: HeadStats) -> list[float]:
         """Error of 1, 2, ... N clusters: the squared change of the layer output, heads taken one by one."""
-        cost = stats[Stat.EXCHANGE_COST][layer.index]
+        cost = stats[self._cost][layer.index]
         found = []
         for count in range(1, len(cost) + 1):
             clusters = self._cluster(layer, stats, count)
@@ -134,4 +139,4 @@ class ClusterHeadsPass(Pass):
     def _cluster(self, layer: AttentionView, stats: HeadStats, count: int) -> Clusters:
         if self.affinity == "maps":
             return by_similarity(stats[Stat.MAP_SIMILARITY][layer.index], count)
-        return by_cost(stats[Stat.EXCHANGE_COST][layer.index], count)
+        return by_cost(stats[self._cost][layer.index], count)
