@@ -17,7 +17,7 @@ from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS
 from headwise.errors import ExportError
-from headwise.export.absorb import Channels, Edits, behind_past, heads_first
+from headwise.export.absorb import Channels, Edits, heads_first
 from headwise.export.edits import insert_before
 from headwise.export.graph import module_path
 from headwise.export.matrices import products
@@ -146,8 +146,6 @@ def _refuse_cache(graph: Channels, name: str) -> None:
 def _pairs(graph: Channels, name: str, width: int) -> tuple[tuple[int, int], ...]:
     """Channels that rotary positions mix, where a RotaryEmbedding makes the tensor."""
     maker = graph.makers.get(name)
-    if maker is not None and behind_past(maker):
-        maker = graph.makers.get(maker.input[1])
     if maker is None or maker.op_type != "RotaryEmbedding":
         return ()
     attributes = {item.name: item.i for item in maker.attribute}
