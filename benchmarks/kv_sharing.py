@@ -37,7 +37,8 @@ from headwise.passes import PASSES
 from headwise.passes.base import run_pass
 
 SHARING: dict[str, Row] = {
-    "mean of neighbours": {"merge": "mean", "grouping": "adjacent", "refit": False},
+    # As it was published: nothing but the mean of the projections, biases included (arXiv 2305.13245).
+    "mean of neighbours": {"merge": "mean", "grouping": "adjacent", "fold_bias": False, "refit": False},
     "mean of neighbours, refit": {"merge": "mean", "grouping": "adjacent"},
     "mean after alignment": {"merge": "align", "refit": False},
     "subspace": {"refit": False},
