@@ -262,7 +262,7 @@ def methods_text(part: Row) -> str:
         "mean cosine between the embeddings of the compressed and of the untouched model, over the pairs of which "
         f"calibration saw neither sentence ({unseen} of {part['data']['test']['samples']}). Calibration: "
         f"{part['samples']} training pairs, sampled with seed 0. Where the method does not say else, options are the "
-        f"defaults of the passes, which were chosen on dev. MACs are those of {LENGTH} tokens.\n"
+        f"defaults of the passes. MACs are those of {LENGTH} tokens.\n"
     )
     order = [*SHARING, *CLUSTERING]
     for name, what in (("share-kv", "kv heads per layer"), ("cluster-heads", "heads with scores, per layer")):

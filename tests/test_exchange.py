@@ -11,6 +11,7 @@ from headwise.calibration import exchange, stats
 from headwise.calibration.exchange import ExchangeSums
 from headwise.calibration.stats import Stat, collect
 from headwise.model.view import ModelView
+from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.clustering import by_cost
 
 TOKENS, HEADS, WIDTH, MODEL = 400, 3, 4, 10
@@ -83,3 +84,17 @@ def test_products_that_do_not_fit_fall_back_to_the_cost_before(
     monkeypatch.setattr(stats, "LARGEST", 0)
     fallen = collect(view, task, examples, {Stat.REPAIRED_COST})[Stat.REPAIRED_COST]
     assert torch.equal(before[0], fallen[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({"clusters": 2}, {Stat.REPAIRED_COST}),
+        ({"clusters": 2, "refit": False}, {Stat.EXCHANGE_COST}),
+        ({"clusters": 2, "affinity": "maps"}, {Stat.MAP_SIMILARITY}),
+        ({"clusters": "elbow", "affinity": "maps"}, {Stat.MAP_SIMILARITY, Stat.REPAIRED_COST}),
+        ({"ratio": 0.5, "affinity": "maps"}, {Stat.MAP_SIMILARITY, Stat.REPAIRED_COST}),
+    ],
+)
+def test_only_what_decides_is_collected(options: dict[str, object], needed: set[Stat]) -> None:
+    assert ClusterHeadsPass.model_validate(options).needs() == needed

@@ -52,7 +52,11 @@ class ClusterHeadsPass(Pass):
         return self
 
     def needs(self) -> frozenset[Stat]:
-        return frozenset({self._cost} | ({Stat.MAP_SIMILARITY} if self.affinity == "maps" else set()))
+        by_maps = self.affinity == "maps"
+        # Maps say who is alike; how many clusters a layer gets is decided by cost all the same.
+        priced = not by_maps or self.ratio is not None or self.clusters == "elbow"
+        wanted = {Stat.MAP_SIMILARITY: by_maps, self._cost: priced}
+        return frozenset(stat for stat, needed in wanted.items() if needed)
 
     @property
     def _cost(self) -> Stat:
