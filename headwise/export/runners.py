@@ -32,6 +32,8 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+DISABLED_OPTIMIZERS = ["QDQPropagationTransformer"]
+"""It lets nodes that move data read codes; those of ONNX Runtime take no fp8."""
 _ORT_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -49,6 +51,7 @@ _ENGINE_DTYPES: dict[str, np.dtype[Any]] = {
     "INT64": np.dtype(np.int64),
     "INT32": np.dtype(np.int32),
     "INT8": np.dtype(np.int8),
+    "FP8": np.dtype(ml_dtypes.float8_e4m3fn),
     "UINT8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
@@ -148,7 +151,7 @@ def open_session(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(str(path), options, providers=[asked])
+        session = ort.InferenceSession(str(path), options, providers=[asked], disabled_optimizers=DISABLED_OPTIMIZERS)
     except Exception as error:  # ONNX Runtime's own exception classes share no public base
         raise ExportError(
             f"ONNX Runtime refuses {path.name}: {str(error).strip()}",

@@ -19,6 +19,7 @@ from headwise.model.decoder import why_no_cache
 from headwise.model.families import FAMILIES
 from headwise.model.sources import quietly
 from headwise.pipeline.folders import compressed_model, is_run, runnable_graph, untouched_model
+from headwise.pipeline.graphs import DECODED
 from headwise.pipeline.report import read_report
 from headwise.pipeline.summary import Report
 
@@ -192,7 +193,9 @@ def read_prompts(path: Path) -> list[str]:
 def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
     if not graph.exists():
         raise DataError(f"{graph} does not exist", expected="a graph", fix="check the path")
-    decoder = OrtDecoder(graph)
+    # Where ONNX Runtime cannot join the codes of a cache, the stage has the same graph with numbers beside it.
+    decoded = graph.with_name(DECODED)
+    decoder = OrtDecoder(decoded if decoded.exists() else graph)
     if home is None:
         raise DataError(
             f"no tokenizer: {graph} does not say which checkpoint it came from",
@@ -200,7 +203,7 @@ def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
             fix="add --tokenizer CHECKPOINT",
         )
     with quietly():
-        return _writer(decoder, home, str(graph))
+        return _writer(decoder, home, str(decoded if decoded.exists() else graph))
 
 
 def _on_torch(source: str, home: str | None) -> Writer:
