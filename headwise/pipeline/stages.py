@@ -9,8 +9,8 @@ from typing import Any
 
 from headwise.artifacts import Artifact
 from headwise.calibration.stats import Stat
+from headwise.device.cuda import gpu
 from headwise.errors import MachineError
-from headwise.export.cuda import gpu
 from headwise.export.decoder import export_model
 from headwise.export.graph import copy_graph, graph_inputs
 from headwise.export.listing import ListingSummary
