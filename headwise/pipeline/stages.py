@@ -11,9 +11,10 @@ from headwise.artifacts import Artifact
 from headwise.calibration.stats import Stat
 from headwise.device.cuda import gpu
 from headwise.errors import MachineError
-from headwise.export.decoder import export_model
+from headwise.export.decoder import DECODE, export_decode, export_model
 from headwise.export.graph import copy_graph, graph_inputs
 from headwise.export.listing import ListingSummary
+from headwise.export.onnx import ExportInfo
 from headwise.export.ports import first_call
 from headwise.export.precision import convert_precision
 from headwise.export.profiles import engine_shapes
@@ -39,7 +40,7 @@ from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
-ENGINE = "model.engine"
+ENGINE, DECODE_ENGINE = "model.engine", "decode.engine"
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -111,7 +112,9 @@ class Stages:
         with self.results.stage("onnx") as entry:
             key = {"parent": model.digest, **self._export_key()}
             artifact = self._artifact(entry, key, lambda folder: self._export(model.checkpoint, folder))
-            entry.record = {key: artifact.info[key] for key in ("parity", "nodes", "forms") if key in artifact.info}
+            entry.record = {
+                key: artifact.info[key] for key in ("parity", "nodes", "forms", "decode") if key in artifact.info
+            }
             graph = Graph(
                 path=artifact.path / GRAPH,
                 digest=artifact.digest,
@@ -172,6 +175,8 @@ class Stages:
             def make(folder: Path) -> dict[str, Any]:
                 if options is None:
                     copy_graph(source.path, folder / GRAPH)
+                    if source.decode is not None:
+                        copy_graph(source.decode, folder / DECODE)
                     made: dict[str, Any] = {}
                 else:
                     made = quantizer.for_cpu(options, folder)
@@ -189,17 +194,25 @@ class Stages:
         with self.results.stage(engine_stage(name)) as entry:
             check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
             shapes = engine_shapes(graph.path, spec, sequence_limit(self.workspace.checkpoint))
+            single = shapes["decode"] if graph.decode is not None else {}
+            if single:
+                shapes = {**shapes, "decode": {}}
             key = {
                 "parent": graph.digest,
                 "target": [target.sm, target.runtime],
                 **shapes,
+                **({"single": single} if single else {}),
                 "workspace_mb": spec.workspace_mb,
                 "builder": installed_version(target.runtime),
             }
 
             def make(folder: Path) -> dict[str, Any]:
                 made = build_engine(graph.path, folder / ENGINE, target, **shapes, workspace_mb=spec.workspace_mb)
-                return {"engine": made.to_json()}
+                if graph.decode is None:
+                    return {"engine": made.to_json()}
+                out, memory = folder / DECODE_ENGINE, spec.workspace_mb
+                decode = build_engine(graph.decode, out, target, profiles=single, workspace_mb=memory)
+                return {"engine": {**made.to_json(), "decode_engine": decode.to_json()}}
 
             self.monitor.work("build", 0)
             try:
@@ -253,7 +266,8 @@ class Stages:
         clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
         forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
         sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
-        return {"opset": spec.opset, "clusters": forms, "cache": spec.cache, **sample, **versions("onnx")}
+        made = {"opset": spec.opset, "clusters": forms, "cache": spec.cache, "decode": spec.decode}
+        return {**made, **sample, **versions("onnx")}
 
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
@@ -296,18 +310,22 @@ class Stages:
     def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
         scopes = [layer.path for layer in view.attention]
         path.parent.mkdir(exist_ok=True)
-        info = export_model(view, self.workspace.examples, path, self.workspace.recipe.export)
+        given = self.workspace.examples, path, self.workspace.recipe.export
+        info = export_model(view, *given)
+        decode = export_decode(view, *given)
         return {
             "graph": self._graph_cost(path, scopes),
-            "parity": [p._asdict() for p in info.parity],
-            "nodes": dict(info.nodes),
+            **_exactness(info),
             "scopes": scopes,
+            **({} if decode is None else {"decode": _exactness(decode)}),
         }
 
     def _convert(self, graph: Graph, folder: Path) -> dict[str, Any]:
         self.monitor.work("convert", 0)
         spec = self.workspace.recipe.export
         info = convert_precision(graph.path, folder / GRAPH, spec.precision, keep_io=spec.keep_io)
+        if graph.decode is not None:
+            convert_precision(graph.decode, folder / DECODE, spec.precision, keep_io=spec.keep_io)
         cost = self._graph_cost(folder / GRAPH, graph.scopes)
         return {"graph": cost, "runs_on_cpu": info.runs_on_cpu, "casts": info.casts}
 
@@ -316,6 +334,11 @@ class Stages:
         shapes = {name: array.shape for name, array in row.items()}
         cost = graph_cost(path, shapes, attention_scopes=scopes)
         return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
+
+
+def _exactness(info: ExportInfo) -> dict[str, Any]:
+    """What the report says of a graph that was exported."""
+    return {"parity": [p._asdict() for p in info.parity], "nodes": dict(info.nodes)}
 
 
 def _why_not_here(target: Target) -> str:
