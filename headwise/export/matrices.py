@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from headwise.calibration.ranges import Tap
+from headwise.device.arrays import store
+from headwise.device.session import DISABLED_OPTIMIZERS, ports
 from headwise.errors import ExportError
 from headwise.export.graph import module_path
 from headwise.export.ports import first_call
-from headwise.export.runners import DISABLED_OPTIMIZERS, session_inputs
 from headwise.model.quantization import Matrix
 
 Array = NDArray[Any]
@@ -180,16 +181,14 @@ class TapRunner:
             model.SerializeToString(),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=DISABLED_OPTIMIZERS,
+            disabled_optimizers=list(DISABLED_OPTIMIZERS),
         )
-        self._inputs = session_inputs(self._session)
+        self._inputs = ports(self._session.get_inputs())
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors for one batch."""
-        complete = first_call(batch, {name: dims for name, (_, dims) in self._inputs.items()})
-        feed = {
-            name: np.asarray(complete[name], dtype) for name, (dtype, _) in self._inputs.items() if name in complete
-        }
+        complete = first_call(batch, {name: port.dims for name, port in self._inputs.items()})
+        feed = {name: store(complete[name], port.dtype) for name, port in self._inputs.items() if name in complete}
         found = dict(zip(self._wanted, self._session.run(self._wanted, feed), strict=True)) if self._wanted else {}
         return {**found, **{name: np.asarray(batch[name]) for name in self._given}}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import transformers
 
 from headwise.errors import DataError
+from headwise.export.decoder import DECODE
 from headwise.export.generate import Choose, generate, likeliest, sampled
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.model.checkpoint import load_checkpoint, read_tokenizer
@@ -195,7 +196,9 @@ def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
         raise DataError(f"{graph} does not exist", expected="a graph", fix="check the path")
     # Where ONNX Runtime cannot join the codes of a cache, the stage has the same graph with numbers beside it.
     decoded = graph.with_name(DECODED)
-    decoder = OrtDecoder(decoded if decoded.exists() else graph)
+    graph = decoded if decoded.exists() else graph
+    decode = graph.with_name(DECODE)
+    decoder = OrtDecoder(graph, decode=decode if decode != graph and decode.exists() else None)
     if home is None:
         raise DataError(
             f"no tokenizer: {graph} does not say which checkpoint it came from",
@@ -203,7 +206,7 @@ def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
             fix="add --tokenizer CHECKPOINT",
         )
     with quietly():
-        return _writer(decoder, home, str(decoded if decoded.exists() else graph))
+        return _writer(decoder, home, str(graph))
 
 
 def _on_torch(source: str, home: str | None) -> Writer:

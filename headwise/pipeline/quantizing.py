@@ -12,6 +12,7 @@ import onnx
 
 from headwise.calibration.products import ReadInput, dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
+from headwise.device.runtimes import FULL
 from headwise.export.decode import decode_for_onnxruntime
 from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
@@ -19,7 +20,7 @@ from headwise.export.ports import cache_bytes
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.smoothing import require_same, smooth
-from headwise.export.targets import CPU, FULL
+from headwise.export.targets import CPU
 from headwise.model.quantization import Codes, Matrix, QuantPlan
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import DECODED, GRAPH, Graph
@@ -127,6 +128,8 @@ class Quantizer:
     def _smoothed(self, options: Quantize, runtime: str) -> Planned:
         """The plan, on a graph whose channels are scaled as it says; the scales suit the products of the runtime."""
         path, matrices = self.source.path, find_matrices(self.source.path)
+        name = f"{path.parent.name}.smoothed-{runtime}"
+        partial = self.store.partial(name, self._key(options))
         seen = self._ranges(matrices, runtime, moments=options.moments() and options.smooth is None)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -138,14 +141,13 @@ class Quantizer:
             onnx.save(model, str(folder / GRAPH))
             error = require_same(path, folder / GRAPH, self.workspace.examples.example_batch())
             smoothed = find_matrices(folder / GRAPH)
-            final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments())
+            final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments(), partial=partial)
             save_ranges(final, folder / _RANGES)
             return {"smooth": scales, "scales": {**asdict(made), "twin_error": error}}
 
         if options.smooth is None:
             plan = options.plan(matrices, seen)
             return Planned(path=path, matrices=matrices, seen=seen, plan=plan)
-        name = f"{path.parent.name}.smoothed-{runtime}"
         stored, _ = self.store.get(name, "smoothed", self._key(options), make)
         scales = {tap: tuple(exponents) for tap, exponents in stored.info["smooth"].items()}
         matrices, seen = find_matrices(stored.path / GRAPH), load_ranges(stored.path / _RANGES)
@@ -187,16 +189,20 @@ class Quantizer:
 
     def _ranges(self, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
         """What calibration saw, from disk where neither the graph nor the samples have changed."""
+        name, key = f"{self.source.path.parent.name}.ranges-{runtime}", {**self._ranges_key(), "moments": moments}
+        partial = self.store.partial(name, key)
 
         def make(folder: Path) -> dict[str, Any]:
-            save_ranges(self._collect(self.source.path, matrices, runtime, moments=moments), folder / _RANGES)
+            seen = self._collect(self.source.path, matrices, runtime, moments=moments, partial=partial)
+            save_ranges(seen, folder / _RANGES)
             return {}
 
-        key = {**self._ranges_key(), "moments": moments}
-        stored, _ = self.store.get(f"{self.source.path.parent.name}.ranges-{runtime}", "ranges", key, make)
+        stored, _ = self.store.get(name, "ranges", key, make)
         return load_ranges(stored.path / _RANGES)
 
-    def _collect(self, path: Path, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
+    def _collect(
+        self, path: Path, matrices: Sequence[Matrix], runtime: str, *, moments: bool, partial: Path
+    ) -> dict[str, Observed]:
         examples = self.fitted
         names = [matrix.tap for matrix in matrices]
         return collect_ranges(
@@ -207,6 +213,7 @@ class Quantizer:
             padding=runtime == CPU,
             batch_size=self.workspace.recipe.batch_size,
             progress=self.monitor.work("ranges", len(examples)),
+            partial=partial,
         )
 
 
