@@ -70,9 +70,14 @@ FORMATS = (
     Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}, targets=("sm86",)),
     Case(name="int4", options={"format": "int4"}, targets=AMPERE),
     Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}, targets=AMPERE),
-    Case(name="nvfp4, nearest, nothing else", options={"format": "nvfp4", **PLAIN}, targets=BLACKWELL),
+    Case(name="nvfp4", options={"format": "nvfp4"}, targets=BLACKWELL),
     Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}, targets=BLACKWELL),
-    Case(name="mxfp8", options={"format": "mxfp8"}, targets=ADA),
+    Case(
+        name="nvfp4, weights only, gptq",
+        options={"format": "nvfp4", "weights_only": True, "rounding": "gptq"},
+        targets=BLACKWELL,
+    ),
+    Case(name="mxfp8, weights only", options={"format": "mxfp8"}, targets=ADA),
     Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}, targets=ALL),
     Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}, targets=ADA),
     Case(name="embeddings in int8", options={**FLOAT, "embeddings": "int8"}, targets=ALL),
@@ -113,7 +118,7 @@ OPTIONS = (
     *(Case(name=f"fp8, smooth {s}", options={"format": "fp8", "smooth": s}) for s in (None, "auto")),
     *(
         Case(name=f"{f}, smooth {s}, {r}", options={"format": f, "smooth": s, "rounding": r})
-        for f in ("int4", "nvfp4")
+        for f in ("int4",)
         for s in (None, "auto")
         for r in ("nearest", "gptq")
     ),
@@ -129,7 +134,8 @@ LANGUAGE = (
     Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}),
     Case(name="int4", options={"format": "int4"}),
     Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}),
-    Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}),
+    Case(name="nvfp4", options={"format": "nvfp4"}),
+    Case(name="nvfp4, weights only, gptq", options={"format": "nvfp4", "weights_only": True, "rounding": "gptq"}),
     Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}),
     Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}),
 )
@@ -346,6 +352,9 @@ def formats_text(part: Row) -> str:
     )
     head = ["format", "Spearman", "drop", "fidelity", *(f"{target}" for target in ALL), "graph"]
     text += table(head, body)
+    for row in rows:
+        if "budget" in str(row["passes"]):
+            text += f"\n{row['name']}: {', '.join(row['float']) or 'nothing'} left in fp16.\n"
     pairs = [(row["name"], target, why) for row in rows for target, why in row["kernels"].items()]
     broken = [f"{name}: {target}: {why}" for name, target, why in pairs if "FAIL" in why]
     checked = sum(bool(why) for _, _, why in pairs)

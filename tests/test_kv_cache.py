@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.targets import resolve_target
 from headwise.export.tensorrt import build_engine
 from headwise.model import surgery
+from headwise.model.checkpoint import load_checkpoint
 from headwise.model.edits import DropHeads, EditPlan, ShareKV
 from headwise.model.view import ModelView
 from headwise.passes.kv import channel_exponents
@@ -42,7 +44,7 @@ from headwise.passes.quantize import Quantize
 
 Array = Any
 HAS_BUILDER = importlib.util.find_spec("tensorrt_rtx") is not None
-LARGEST = {"int8": 127, "fp8": 448}
+MODELS = os.environ.get("HEADWISE_MODELS", "")
 NEW = 12
 
 
@@ -75,7 +77,12 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     build, per_channel = CASES[request.param]
-    folder, view = tmp_path_factory.mktemp("cache"), build()
+    found = scaled(build(), tmp_path_factory.mktemp("cache"))
+    assert found.per_channel == per_channel
+    return found
+
+
+def scaled(view: ModelView, folder: Path) -> Case:
     ids = make_inputs("llama")["input_ids"].numpy()
     decoder_to_onnx(view, ids, folder / "plain.onnx")
     model = onnx.load(str(folder / "plain.onnx"))
@@ -96,8 +103,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         shift = exponents[entry.name] if entry.name in folded else np.zeros_like(exponents[entry.name])
         scale = float((largest[entry.name] * np.exp2(-shift)).max())
         scales[entry.name] = (scale * np.exp2(shift)).reshape(1, entry.heads, 1, entry.width)
-    assert len(folded) == per_channel
-    return Case(view, folder / "folded.onnx", scales, per_channel)
+    return Case(view, folder / "folded.onnx", scales, len(folded))
 
 
 def coded(case: Case, number: Any, folder: Path) -> tuple[Path, dict[str, Array]]:
@@ -172,6 +178,21 @@ def test_text_with_a_cache_of_codes_is_that_of_torch(case: Case, number: str, tm
     assert texts(decoder, batch=1) == expected
     assert [len(text.tokens) for text in expected] == [NEW] * len(PROMPTS)
     assert expected != texts(TorchDecoder(case.view)), "rounding that changes nothing would not be seen to be missing"
+
+
+@pytest.mark.skipif(
+    not (Path(MODELS) / "stories260k").is_dir(), reason="HEADWISE_MODELS names no folder with the model stories260k"
+)
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+def test_a_trained_model_tells_the_stories_that_torch_tells(number: str, tmp_path: Path) -> None:
+    case = scaled(load_checkpoint(str(Path(MODELS) / "stories260k")).view(), tmp_path)
+    path, steps = coded(case, number, tmp_path)
+    decoded = decode_for_onnxruntime(path, tmp_path / "decoded.onnx")
+    decoder = OrtDecoder(tmp_path / "decoded.onnx" if decoded else path)
+    prompts = [[1, 403, 407, 261, 378], [1, 367, 269], [1, 291], [1, 317, 263, 266, 399, 327]]
+    expected = generate(RoundingDecoder(case, steps, number), prompts, new_tokens=200)
+    assert generate(decoder, prompts, new_tokens=200) == expected
+    assert case.per_channel == 10
 
 
 def test_what_is_cached_are_the_codes_of_the_numbers(case: Case, tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def _to_bfloat16(model: onnx.ModelProto, keep_io: bool) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     without_detours(graph, TensorProto.BFLOAT16)
+    drop_notes_on_constants(graph)
     return model
 
 
