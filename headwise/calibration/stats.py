@@ -21,6 +21,7 @@ from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
+from headwise.calibration.timing import LatencyTable
 from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
@@ -112,11 +113,13 @@ class HeadStats:
         values: statistic -> one tensor per layer (``GAUSS_NEWTON``: one tensor in all).
         samples: number of samples.
         digest: digest of the data that they were collected on.
+        latency: what layers take on some machine, for passes that are ``timed``.
     """
 
     values: Mapping[Stat, tuple[torch.Tensor, ...]]
     samples: int
     digest: str
+    latency: LatencyTable | None = None
 
     def __getitem__(self, stat: Stat) -> tuple[torch.Tensor, ...]:
         return self.values[stat]
