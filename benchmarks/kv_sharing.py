@@ -47,17 +47,18 @@ SHARING: dict[str, Row] = {
 CLUSTERING: dict[str, Row] = {
     "attention maps": {"affinity": "maps", "refit": False},
     "change of the output": {"refit": False},
-    "change of the output, refit": {},
+    "change of the output, refit": {"refit_mlp": False},
+    "change of the output, refit with MLPs": {},
 }
 KV_HEADS = (6, 4, 3, 2)
 CLUSTERS = (6, 4)
 METHODS = (
     *(("share-kv", "subspace, refit", {"kv_heads": n}) for n in KV_HEADS),
-    *(("cluster-heads", "change of the output, refit", {"clusters": n}) for n in CLUSTERS),
-    ("cluster-heads", "change of the output, refit", {"ratio": 0.5}),
+    *(("cluster-heads", "change of the output, refit with MLPs", {"clusters": n}) for n in CLUSTERS),
+    ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5}),
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
     *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[::3]),
-    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:2]),
+    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:3]),
 )
 """In the order in which they are measured: what is recommended comes first."""
 GRID: tuple[tuple[str, int, Row], ...] = (
@@ -65,6 +66,7 @@ GRID: tuple[tuple[str, int, Row], ...] = (
     ("share-kv", 2048, {"kv_heads": 6, "rounds": 0}),
     ("share-kv", 2048, {"kv_heads": 6, "weighted": False}),
     *(("cluster-heads", n, {"clusters": 6, "ridge": ridge}) for n in (512, 2048) for ridge in (0.01, 0.1, 1.0)),
+    *(("cluster-heads", 1024, {"clusters": n, "refit_mlp": mlp}) for n in CLUSTERS for mlp in (False, True)),
 )
 LANGUAGE_KV_HEADS = (2, 1)
 LENGTH = 128
@@ -142,7 +144,7 @@ def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool
 @common
 @sts_files("train", "dev")
 def options(out: Path, model: str, **files: str) -> None:
-    """Calibration size, ridge, rounds and weights, on dev."""
+    """Calibration size, ridge, rounds, weights, and MLPs, on dev."""
     bench, train = sts_bench(model, files)
     facts, rows = bench.facts(), []
     for name, samples, options in GRID:
@@ -299,11 +301,12 @@ def options_text(part: Row) -> str:
             f"{row['options']['ridge']:g}",
             str(row["options"].get("rounds", "")),
             str(row["options"].get("weighted", "")).lower(),
+            str(row["options"].get("refit_mlp", "")).lower(),
             both(row["dev"]),
         ]
         for row in part["rows"]
     ]
-    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "dev"]
+    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "MLPs", "dev"]
     return "## Options on STS-B dev\n\nThe last column is Spearman x 100 / fidelity, as above.\n\n" + table(head, body)
 
 
