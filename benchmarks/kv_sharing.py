@@ -119,7 +119,10 @@ def main(threads: int) -> None:
 @click.option("--samples", default=2048, show_default=True, help="Calibration pairs.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the models with refit, for `engines`.")
 @click.option("--resume", is_flag=True, help="Keep the rows of a run that was cut short, made by the same code.")
-def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool, **files: str) -> None:
+@click.option("--only", multiple=True, help="Methods to measure, by name; with --resume.")
+def methods(
+    out: Path, model: str, samples: int, keep: Path | None, resume: bool, only: Sequence[str], **files: str
+) -> None:
     """Every method, with the passes' default options."""
     bench, train = sts_bench(model, files)
     calibration = bench.calibration(sample(train, samples, seed=0))
@@ -127,7 +130,9 @@ def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool
     rows = RESULTS.rows(out, "methods", facts) if resume else []
     done = [(row["pass"], row["options"]) for row in rows]
     for name, method, options in METHODS:
-        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done:
+        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done or (
+            only and method not in only
+        ):
             continue
         candidate, made = compress(bench, calibration, name, options)
         inputs = {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)}
@@ -159,17 +164,20 @@ def options(out: Path, model: str, **files: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Results, no suffix.")
 @click.option("--models", type=click.Path(path_type=Path, exists=True), required=True, help="What `methods` kept.")
 @click.option("--target", default="sm86", show_default=True, help="Built for this GPU, which is not needed.")
-def engines(out: Path, models: Path, target: str) -> None:
+@click.option("--resume", is_flag=True, help="Keep the rows of models that are not in the folder any more.")
+def engines(out: Path, models: Path, target: str, resume: bool) -> None:
     """FP16 engines of the kept models, built but not run, and the kernels in them."""
-    rows = []
-    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
+    folders = sorted(path for path in models.iterdir() if path.is_dir())
+    old = RESULTS.rows(out, "engines", {"target": target}) if resume else []
+    rows = [row for row in old if row["model"] not in {folder.name for folder in folders}]
+    for folder in folders:
         checkpoint = load_checkpoint(folder)
         clustered = any(layer.clustered for layer in checkpoint.view().layout.attention)
         forms: tuple[Form, ...] = ("gathered", "fused") if clustered else ("fused",)
         for name in forms:
             rows.append({"model": folder.name, "form": name, **engine(checkpoint, target, name)})
             say(rows[-1])
-    RESULTS.save(out, "engines", {"target": target, "rows": rows})
+            RESULTS.save(out, "engines", {"target": target, "rows": rows})
 
 
 @main.command()
