@@ -290,10 +290,8 @@ class _Sums:
             every[Stat.NEURON_SIZE] = self.neurons.size()
         if Stat.FEATURE_MOMENT in self.needs:
             every[Stat.FEATURE_MOMENT] = self.features.means()
-        for stat, moments in (
-            (Stat.INPUT_MOMENT, self.moments),
-            (Stat.QUERY_MOMENT, self.moments | self.query_moments),
-        ):
+        both = {Stat.INPUT_MOMENT: self.moments, Stat.QUERY_MOMENT: self.moments | self.query_moments}
+        for stat, moments in both.items():
             if stat in self.needs:
                 # The last entry counts the tokens.
                 every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))
