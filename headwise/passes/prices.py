@@ -39,7 +39,7 @@ class Prices:
     def spent(self, heads: float, neurons: float) -> str:
         """One line for reports: what stays, and what went with heads and with neurons."""
         left = self.total - heads - neurons
-        amounts = f"{left:.2f} of {self.total:.2f}" if self.where else f"{left:,.0f} of {self.total:,.0f}"
+        amounts = f"{left:.3g} of {self.total:.3g}" if self.where else f"{left:,.0f} of {self.total:,.0f}"
         return (
             f"{amounts} {self.what} stay ({100 * left / self.total:.1f} %); {100 * heads / self.total:.1f} % go with "
             f"heads, {100 * neurons / self.total:.1f} % with neurons{self.where}"
