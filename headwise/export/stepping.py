@@ -13,9 +13,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from headwise.device.arrays import as_float32
+from headwise.device.session import open_session, ports
 from headwise.errors import DataError
 from headwise.export.ports import IDS, MASK, POSITIONS
-from headwise.export.runners import as_float32, open_session, session_inputs
 from headwise.model.cache import PAST, is_past, is_present, next_past
 from headwise.model.decoder import empty_past, make_cache, read_cache
 from headwise.model.view import ModelView
@@ -99,7 +100,7 @@ class OrtDecoder:
         self.device, self.threads = provider, threads
         self._session = open_session(path, threads=threads, provider=provider)
         self._single = self._session if decode is None else open_session(decode, threads=threads, provider=provider)
-        self._inputs = session_inputs(self._session)
+        self._inputs = ports(self._session.get_inputs())
         self._outputs = [item.name for item in self._session.get_outputs()]
         if not any(map(is_past, self._inputs)):
             raise DataError(
