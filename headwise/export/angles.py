@@ -31,12 +31,14 @@ class Angles:
     def of(cls, model: onnx.ModelProto) -> Angles:
         """Find them; every cosine of a graph counts as one of an angle."""
         graph = model.graph
+        left = [node.output[0] for node in graph.node if node.op_type in ("Cos", "Sin")]
+        if not left:
+            return cls(nodes=(), constants=(), given=frozenset())
         inferred = onnx.shape_inference.infer_shapes(model).graph
         known = [*inferred.input, *inferred.output, *inferred.value_info]
         floats = {value.name for value in known if value.type.tensor_type.elem_type == TensorProto.FLOAT}
         makers = {name: node for node in graph.node for name in node.output}
         found: set[str] = set()
-        left = [node.output[0] for node in graph.node if node.op_type in ("Cos", "Sin")]
         while left:
             name = left.pop()
             if name in makers and name in floats and name not in found:
