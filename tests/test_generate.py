@@ -81,6 +81,26 @@ def test_a_run_is_continued_on_its_graph_for_the_cpu(folder: Path) -> None:
     assert [text["prompt_tokens"] for text in found["texts"]] == [2, 4, 4, 3]
 
 
+def test_the_cache_of_the_run_holds_codes(folder: Path) -> None:
+    """What was quantized on the way to the graph for the CPU is what the report, the graph and the decoder say."""
+    report = read_report(folder / "out")
+    stage = next(stage for stage in report["stages"] if stage["name"] == "cpu")
+    assert (stage["record"]["kv"]["tensors"], stage["record"]["kv"]["per_channel"]) == (4, 4)
+    assert stage["record"]["kv"]["cache"]
+    decoder = OrtDecoder(runnable_graph(folder / "out", report))
+    decoder(np.array([[1, 5, 6]]), np.ones((1, 3), int), np.arange(3)[None])
+    cached = decoder.cached()
+    assert {array.dtype for array in cached.values()} == {np.dtype(np.int8)}
+    assert sum(array.nbytes for array in cached.values()) == 3 * stage["cost"]["kv_bytes_per_token"]
+
+
+def test_where_onnxruntime_cannot_join_codes_the_graph_beside_it_is_run(folder: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "decoded.onnx"):
+        (tmp_path / name).write_bytes((folder / "out" / "02-onnx" / "model.onnx").read_bytes())
+    writer = open_writer(str(tmp_path / "model.onnx"), tokenizer=str(folder / "checkpoint"))
+    assert writer.model == str(tmp_path / "decoded.onnx")
+
+
 def test_one_prompt_streams_and_several_are_printed_one_after_the_other(folder: Path, tmp_path: Path) -> None:
     graph = folder / "out" / "02-onnx" / "model.onnx"
     texts = {text["prompt"]: text["prompt"] + text["text"] for text in as_json(graph)["texts"]}

@@ -151,7 +151,8 @@ class Stages:
             def make(folder: Path) -> dict[str, Any]:
                 made = quantizer.for_tensorrt(options, body.precision, folder)
                 cost = self.exporter.cost(folder / made["runs_as"], source.scopes)
-                return {**made, "graph": {**cost, "file_bytes": (folder / GRAPH).stat().st_size}}
+                own = {"file_bytes": (folder / GRAPH).stat().st_size, **made["cost"]}
+                return {**made, "graph": {**cost, **own}}
 
             artifact = self._artifact(entry, key, make)
             entry.record = dict(artifact.info["record"])
@@ -177,7 +178,8 @@ class Stages:
                     made: dict[str, Any] = {}
                 else:
                     made = quantizer.for_cpu(options, folder)
-                return {**made, "graph": self.exporter.cost(folder / GRAPH, source.scopes)}
+                cost = self.exporter.cost(folder / GRAPH, source.scopes)
+                return {**made, "graph": {**cost, **made.get("cost", {})}}
 
             artifact = self._artifact(entry, key, make)
             if options is not None:
