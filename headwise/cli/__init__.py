@@ -20,6 +20,7 @@ from headwise.cli.common import (
     show,
     show_or_dump,
 )
+from headwise.cli.convert import convert
 from headwise.cli.text import cost, generate
 
 
@@ -220,6 +221,7 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
 

@@ -77,6 +77,17 @@ class LatentKVPass(Pass):
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
 
+    def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
+        if self.budget is not None:
+            raise PlanError(
+                "latent-kv: a budget is spread over all layers together",
+                expected="rank or energy, by which every layer gets its latent without knowing the others",
+                fix="set rank to one number, or to one per layer: `headwise plan` shows those of a budget",
+            )
+        layers = len(view.attention)
+        ranks = self._wanted(layers) if self.rank is not None else [None] * layers
+        return tuple(self.model_copy(update={"rank": rank}) for rank in ranks)
+
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
             refuse_clustered(layer.index, layer.layout)
@@ -137,15 +148,19 @@ class LatentKVPass(Pass):
                     fix="raise the budget, or lower rotary",
                 )
             return spread_rank([problem.latent.energy for problem in problems], numbers, full)
+        return [min(rank, limit) for rank, limit in zip(self._wanted(len(problems)), full, strict=True)]
+
+    def _wanted(self, layers: int) -> tuple[int, ...]:
+        """The rank that was asked for, per layer."""
         assert self.rank is not None, "validated: one of the three is given"
-        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(problems)
-        if len(wanted) != len(problems):
+        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * layers
+        if len(wanted) != layers:
             raise PlanError(
                 f"rank has {len(wanted)} entries",
-                expected=f"one per attention layer: {len(problems)}",
+                expected=f"one per attention layer: {layers}",
                 fix="give one number for all layers, or one per layer",
             )
-        return [min(rank, limit) for rank, limit in zip(wanted, full, strict=True)]
+        return wanted
 
 
 def cached(layer: AttentionView) -> bool:

@@ -50,7 +50,7 @@ class Store:
             StorageError: it cannot be written, or not be read back.
         """
         folder = self.folder / name
-        full = {**key, "headwise": f"{installed_version('headwise')} {_source_digest()[:12]}"}
+        full = {**key, "headwise": f"{installed_version('headwise')} {source_digest()[:12]}"}
         found = find(folder, full) if self.resume else Miss(reason="--no-resume")
         if isinstance(found, Artifact):
             return found, ""
@@ -73,7 +73,7 @@ class Store:
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of headwise's own code: between two releases the version alone says nothing about it."""
     package = Path(__file__).parents[1]
     return digest_json({path.relative_to(package).as_posix(): digest_file(path) for path in package.rglob("*.py")})

@@ -80,6 +80,7 @@ LLAMA = Family(
     head_dim="head_dim",
     causal=True,
     rotary=True,
+    by_block=True,
     mlp=FeedForward(
         gate="mlp.gate_proj",
         up="mlp.up_proj",
@@ -128,6 +129,7 @@ GEMMA2 = replace(
     soft_cap="attn_logit_softcapping",
     window="sliding_window",
     between="post_attention_layernorm",
+    by_block=False,
     mlp=FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", size="intermediate_size"),
 )
 
