@@ -67,7 +67,7 @@ LLAMA_7B = Case(
     heads=32,
     kv_heads=32,
     name="share-kv",
-    options={"kv_heads": 8, "refit": False},
+    options={"kv_heads": 8, "grouping": "adjacent", "refit": False},
     samples=4,
 )
 GROUPED_7B = replace(
@@ -80,7 +80,7 @@ NARROW = replace(
     hidden=2816,
     heads=16,
     kv_heads=16,
-    options={"kv_heads": 4, "rounds": 0},
+    options={"kv_heads": 4, "grouping": "adjacent", "rounds": 0},
     samples=16,
 )
 CASES = {
@@ -177,8 +177,10 @@ def written(part: Row) -> str:
         head,
         (
             [
-                f"{row['layers']} layers, width {row['width']}, {row['kv_heads']} of {row['heads']} kv heads, "
-                f"MLP {row['hidden']}",
+                (
+                    f"{row['layers']} layers, width {row['width']}, MLP {row['hidden']}, "
+                    f"{row['heads']} query and {row['kv_heads']} kv heads"
+                ),
                 f"`{row['name']}: {json.dumps(row['options'])}`",
                 f"{row['samples'] * row['length']:,}",
                 f"{row['source_gb']:.2f} GB",

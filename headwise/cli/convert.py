@@ -30,3 +30,20 @@ def convert(checkpoint: str, recipe: str, out: str, overrides: tuple[str, ...], 
     show_or_dump(report, conversion_table, as_json=as_json)
     loader = "plain transformers" if report["stock"] else "headwise.load"
     click.echo(f"{report['bytes'] / 1e9:.2f} GB in {out}, which loads with {loader}", err=True)
+
+
+@click.command("to-transformers", epilog=EXIT_CODES)
+@click.argument("artifact")
+@click.option("--out", required=True, help="Folder for the checkpoint.")
+@errors_to_exit_codes
+def to_transformers(artifact: str, out: str) -> None:
+    """Save a result of latent-kv so that transformers loads it alone.
+
+    ARTIFACT is the folder of a run or a conversion, or a checkpoint. The result is a DeepSeek-V3 without experts. It is
+    written after its logits were compared; what that class cannot express is refused with the reason.
+    """
+    with progress():
+        from headwise.pipeline.plain import to_transformers as save
+
+        found = save(artifact, out)
+    click.echo(f"{found['folder']} is a {found['model_type']}; logits differ by {found['difference']:.1e}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path, *,
     finally:
         module.config = original
     if checkpoint.folder is not None:
-        _copy_companions(checkpoint.folder, folder)
+        copy_companions(checkpoint.folder, folder)
     return stock is not None
 
 
@@ -157,14 +157,21 @@ def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
     return found
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed."""
+def copy_companions(source: Path, folder: Path, leave: Collection[str] = ()) -> None:
+    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed.
+
+    Args:
+        source: from where.
+        folder: to where; files that are there already stay.
+        leave: names of further files that are not copied.
+    """
     weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
     for path in source.rglob("*"):
         relative = path.relative_to(source)
         skip = (
             path.suffix in weights
             or path.name.endswith(".index.json")
+            or path.name in leave
             or any(p.startswith(".") for p in relative.parts)
         )
         if path.is_file() and not skip and not (folder / relative).exists():

@@ -55,6 +55,9 @@ class LatentKVPass(Pass):
     select: Literal["change", "norm"] = "change"
     """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or
     its share in the scores."""
+    frequencies: Literal["best", "every"] = "best"
+    """Which frequencies the rotary keys have: those of the components that are worth most, or each equally often, as
+    the layout of DeepSeek-V3 asks for."""
     distance: int = Field(default=256, ge=2)
     """Tokens of a typical sequence, for ``select: change``."""
     refit: bool = True
@@ -128,6 +131,7 @@ class LatentKVPass(Pass):
             basis=self.basis,
             select=self.select,
             distance=self.distance,
+            every=self.frequencies == "every",
         )
         parts = split.parts(view, layer, stats) if cached(layer) else None
         reader = Reader.of(layer, stats) if parts is None else rest_reader(layer, stats, parts)

@@ -81,6 +81,7 @@ LLAMA = Family(
     causal=True,
     rotary=True,
     by_block=True,
+    latent_norm="input_layernorm",
     mlp=FeedForward(
         gate="mlp.gate_proj",
         up="mlp.up_proj",
@@ -108,6 +109,7 @@ PHI3 = replace(
     fused=True,
     partial_rotary=True,
     window="config.sliding_window",
+    latent_norm="",
     mlp=FeedForward(
         up="mlp.gate_up_proj",
         down="mlp.down_proj",
@@ -130,6 +132,7 @@ GEMMA2 = replace(
     window="sliding_window",
     between="post_attention_layernorm",
     by_block=False,
+    latent_norm="",
     mlp=FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", size="intermediate_size"),
 )
 
