@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], bool]] = {
     "some layers": ("llama", [{"share-kv": {"kv_heads": [2, 1, 2]}}], False),
     "latent": ("mistral", [LATENT], False),
     "latent of heads": ("llama", [{"latent-kv": {"energy": 0.9, "route": "heads"}}], False),
+    "rebuilt": ("llama", [{"latent-kv": {"rank": 9, "route": "rebuild"}}], False),
     "both": ("llama", [SHARE, {"latent-kv": {"rank": [3, 4, 5]}}], False),
     "biases": ("qwen2", [{"share-kv": {"ratio": 0.5}}], True),
     "norms": ("qwen3", [MEAN_KEYS], True),
@@ -167,6 +168,8 @@ def test_shards_and_types_of_the_source_are_kept(given: Setup, tmp_path: Path) -
     assert sorted(set(index.values())) == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     for name, tensor in (item for path in set(index.values()) for item in load_file(tmp_path / "out" / path).items()):
         assert tensor.dtype == (torch.int64 if name.endswith("frequencies") else torch.bfloat16)
+    convert(given.source, given.recipe({"latent-kv": {"rank": 9, "route": "rebuild"}}), tmp_path / "rebuilt")
+    assert Shards(tmp_path / "rebuilt").dtype("model.layers.1.self_attn.angles") == torch.float32
     # What a layer is refitted on is what the layers before it are on disk.
     loaded = load_checkpoint(tmp_path / "out")
     recipe = load_recipe(given.recipe(LATENT))

@@ -16,11 +16,11 @@ from headwise.cli.common import EXIT_CODES, errors_to_exit_codes, progress, show
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @errors_to_exit_codes
 def convert(checkpoint: str, recipe: str, out: str, overrides: tuple[str, ...], no_resume: bool, as_json: bool) -> None:
-    """Apply share-kv or latent-kv to a decoder with one layer in memory.
+    """Convert a decoder with one layer in memory.
 
-    CHECKPOINT is a directory with safetensors files, and so is the result. Memory does not grow with the number of
-    layers. The same command continues a conversion that was interrupted. Nothing is judged: `headwise evaluate`
-    measures the result where it fits in memory.
+    The passes of the recipe are share-kv or latent-kv. CHECKPOINT is a directory with safetensors files, and so is the
+    result. Memory does not grow with the number of layers. The same command continues a conversion that was
+    interrupted. Nothing is judged: `headwise evaluate` measures the result where it fits in memory.
     """
     with progress() as monitor:
         from headwise.pipeline.convert import conversion_table
@@ -37,10 +37,11 @@ def convert(checkpoint: str, recipe: str, out: str, overrides: tuple[str, ...], 
 @click.option("--out", required=True, help="Folder for the checkpoint.")
 @errors_to_exit_codes
 def to_transformers(artifact: str, out: str) -> None:
-    """Save a result of latent-kv so that transformers loads it alone.
+    """Save a result of latent-kv as a DeepSeek-V3.
 
-    ARTIFACT is the folder of a run or a conversion, or a checkpoint. The result is a DeepSeek-V3 without experts. It is
-    written after its logits were compared; what that class cannot express is refused with the reason.
+    ARTIFACT is the folder of a run or a conversion, or a checkpoint. The result has no experts, and transformers loads
+    it without headwise. It is written after its logits were compared; what that class cannot express is refused with
+    the reason.
     """
     with progress():
         from headwise.pipeline.plain import to_transformers as save

@@ -180,8 +180,10 @@ class BlockSource:
     def tensors(self, block: Block, index: int) -> dict[str, torch.Tensor]:
         """The weights of a block under their names in the whole model, in the types that the source stores."""
         types = self.types(index)
+        # Buffers, such as the frequencies of latent attention, keep their own type.
+        trained = {name for name, _ in block.block.named_parameters()}
         return {
-            self._prefixes[index] + name: tensor.to(_stored_type(types, name)) if tensor.is_floating_point() else tensor
+            self._prefixes[index] + name: tensor.to(_stored_type(types, name)) if name in trained else tensor
             for name, tensor in block.block.state_dict().items()
         }
 

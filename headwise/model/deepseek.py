@@ -20,11 +20,10 @@ from torch import nn
 
 from headwise.errors import UnsupportedModelError
 from headwise.model.access import find
+from headwise.model.families.deepseek import deepseek_config
 from headwise.model.latent_attention import LatentAttention
 from headwise.model.view import AttentionView, ModelView
 
-_SAME_FUNCTION = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps")
-_SAME_USE = ("max_position_embeddings", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 _FIXED = ("default", "linear", "llama3")
 """Kinds of rotary positions whose frequencies do not depend on the length of the text."""
 _LARGER = 2.0**12
@@ -39,8 +38,12 @@ def as_deepseek(view: ModelView) -> tuple[Any, dict[str, torch.Tensor]]:
     Raises:
         UnsupportedModelError: that class cannot compute it.
     """
+    original: Any = view.module.config
     _require_layout(view)
-    config = _config(view)
+    kind = original.rope_parameters["rope_type"]
+    if kind not in _FIXED:
+        raise _cannot(f"its rotary positions are of the type {kind}", "load it with headwise.load")
+    config = deepseek_config(original, view.layout.attention[0])
     _require_frequencies(view, config)
     tensors = dict(view.module.state_dict())
     for layer in view.attention:
@@ -49,29 +52,6 @@ def as_deepseek(view: ModelView) -> tuple[Any, dict[str, torch.Tensor]]:
         norm: Any = find(layer.block, layer.family.latent_norm)
         tensors |= {prefix + name: tensor for name, tensor in _weights(layer, norm.weight).items()}
     return config, tensors
-
-
-def _config(view: ModelView) -> Any:
-    old: Any = view.module.config
-    layout, kind = view.layout.attention[0], old.rope_parameters["rope_type"]
-    if kind not in _FIXED:
-        raise _cannot(f"its rotary positions are of the type {kind}", "load it with headwise.load")
-    return transformers.DeepseekV3Config(
-        **{name: getattr(old, name) for name in (*_SAME_FUNCTION, *_SAME_USE)},
-        num_attention_heads=len(layout.query),
-        num_key_value_heads=len(layout.query),
-        q_lora_rank=None,
-        kv_lora_rank=layout.latent + 1,
-        qk_rope_head_dim=layout.rotary,
-        qk_nope_head_dim=layout.unrotated,
-        v_head_dim=layout.head_dim,
-        first_k_dense_replace=len(view.attention),
-        num_mtp_layers=0,
-        attention_bias=True,
-        rope_interleave=False,
-        rope_parameters={**old.rope_parameters},
-        architectures=["DeepseekV3ForCausalLM"],
-    )
 
 
 def _weights(layer: AttentionView, norm: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -152,8 +132,8 @@ def _misfit(layer: AttentionView) -> str:
         return "sees a window of tokens only"
     if module.q_proj.bias is not None:
         return "has biases of queries"
-    block: Any = layer.block
-    if any(getattr(child, "bias", None) is not None for child in block.mlp.modules()):
+    attention = f"{layer.family.attention}."
+    if any(name.endswith("bias") for name, _ in layer.block.named_parameters() if not name.startswith(attention)):
         return "has biases in its MLP"
     return ""
 
