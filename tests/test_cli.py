@@ -51,7 +51,7 @@ COMMANDS: dict[str, list[str]] = {
     "inspect": ["checkpoint", "--json", "--sequence"],
     "passes": [],
     "plan": ["checkpoint", "--recipe", "--set", "--json"],
-    "to-transformers": ["artifact", "--out"],
+    "to-hf": ["artifact", "--out"],
     "report": ["directory", "--html", "--markdown", "--junit"],
     "schema": [],
 }

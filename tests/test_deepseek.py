@@ -23,7 +23,7 @@ from headwise.model.deepseek import as_deepseek
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.latent_kv import LatentKVPass
-from headwise.pipeline.plain import to_transformers
+from headwise.pipeline.plain import to_hf
 
 EVERY: dict[str, Any] = {"rank": 7, "frequencies": "every"}
 PLAIN = """
@@ -56,7 +56,7 @@ def stock(view: ModelView) -> Any:
 def test_plain_transformers_gives_the_same_logits_and_texts(tmp_path: Path) -> None:
     view, _, _ = compress("llama", **EVERY)
     source = saved(view, tmp_path / "latent")
-    found = CliRunner().invoke(main, ["to-transformers", str(source), "--out", str(tmp_path / "plain")])
+    found = CliRunner().invoke(main, ["to-hf", str(source), "--out", str(tmp_path / "plain")])
     assert found.exit_code == 0, found.output
     assert "is a deepseek_v3" in found.stdout
     ids = make_inputs("llama")["input_ids"]
@@ -157,7 +157,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="not every layer has latent attention"):
         as_deepseek(teacher)
     with pytest.raises(DataError, match="loads with plain transformers as it is"):
-        to_transformers(saved(teacher, tmp_path / "stock"), tmp_path / "out")
+        to_hf(saved(teacher, tmp_path / "stock"), tmp_path / "out")
     block: Any = view.attention[1].block
     block.mlp.up_proj.bias = nn.Parameter(torch.zeros(1))
     with pytest.raises(UnsupportedModelError, match=r"layer 1 \(llama\) has biases in its MLP"):
@@ -175,7 +175,7 @@ def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Without its size the constant is no constant behind the norm.
     monkeypatch.setattr("headwise.model.deepseek._LARGER", 1.0)
     with pytest.raises(SurgeryError, match="as DeepSeek-V3 the logits differ by"):
-        to_transformers(source, tmp_path / "out")
+        to_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert load_checkpoint(source).model_type == "llama"
     assert LatentKVPass(rank=3).frequencies == "best"

@@ -20,7 +20,7 @@ from headwise.cli.common import (
     show,
     show_or_dump,
 )
-from headwise.cli.convert import convert, to_transformers
+from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
 
 
@@ -224,7 +224,7 @@ def schema() -> None:
 main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
-main.add_command(to_transformers)
+main.add_command(to_hf)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:

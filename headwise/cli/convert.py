@@ -32,11 +32,11 @@ def convert(checkpoint: str, recipe: str, out: str, overrides: tuple[str, ...], 
     click.echo(f"{report['bytes'] / 1e9:.2f} GB in {out}, which loads with {loader}", err=True)
 
 
-@click.command("to-transformers", epilog=EXIT_CODES)
+@click.command("to-hf", epilog=EXIT_CODES)
 @click.argument("artifact")
 @click.option("--out", required=True, help="Folder for the checkpoint.")
 @errors_to_exit_codes
-def to_transformers(artifact: str, out: str) -> None:
+def to_hf(artifact: str, out: str) -> None:
     """Save a result of latent-kv as a DeepSeek-V3.
 
     ARTIFACT is the folder of a run or a conversion, or a checkpoint. The result has no experts, and transformers loads
@@ -44,7 +44,7 @@ def to_transformers(artifact: str, out: str) -> None:
     the reason.
     """
     with progress():
-        from headwise.pipeline.plain import to_transformers as save
+        from headwise.pipeline.plain import to_hf as save
 
         found = save(artifact, out)
     click.echo(f"{found['folder']} is a {found['model_type']}; logits differ by {found['difference']:.1e}")

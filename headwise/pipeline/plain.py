@@ -23,7 +23,7 @@ from headwise.tolerances import TWIN
 _ROWS, _TOKENS = 2, 32
 
 
-def to_transformers(artifact: str | Path, out: str | Path) -> dict[str, Any]:
+def to_hf(artifact: str | Path, out: str | Path) -> dict[str, Any]:
     """Write a decoder with latent attention as a dense DeepSeek-V3, after both have given the same logits.
 
     Args:
