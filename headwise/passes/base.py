@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch
 
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
+from headwise.calibration.timing import LatencyTable
 from headwise.errors import PlanError
 from headwise.model import surgery
 from headwise.model.edits import Edit, EditPlan
@@ -42,6 +43,11 @@ class Pass(Spec):
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether ``plan`` also reads ``stats.latency``."""
+        return False
 
     def pairs(self, view: ModelView) -> Mapping[int, int]:
         """Layer -> the earlier layer that it is compared with, where ``needs`` asks for ``CROSS_MOMENT``.
@@ -130,6 +136,7 @@ def make_plan(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
@@ -138,7 +145,7 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
+    stats = replace(collect(view, task, examples, needs, pairs=pass_.pairs(view), **options), latency=latency)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -183,12 +190,13 @@ def edit(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> Edited:
     """The first half of ``run_pass``: plan, twin, surgery."""
     before = view.layout
     options: dict[str, Any] = {"batch_size": batch_size, "sequence": sequence, "progress": progress}
-    plan, stats = make_plan(pass_, view, task, examples, seed=seed, **options)
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, latency=latency, **options)
     batch = examples.example_batch()
     payloads = pass_.payloads(view, stats, plan)
     with surgery.twin(view, plan, payloads), torch.inference_mode():
@@ -237,6 +245,7 @@ def run_pass(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> PassRecord:
     """Apply a pass to ``view`` in place.
@@ -250,6 +259,7 @@ def run_pass(
         seed: seed of every random draw.
         batch_size: calibration samples per batch.
         sequence: tokens of the sample that multiply-accumulates are counted for; None: 128, or what the model can take.
+        latency: of the model's layers, for a pass that is ``timed``.
         progress: see ``Progress``.
 
     Raises:
@@ -259,7 +269,7 @@ def run_pass(
     start = time.perf_counter()
     bystanders = versions_outside(view)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    edited = edit(pass_, view, task, examples, seed=seed, sequence=sequence, **shared)
+    edited = edit(pass_, view, task, examples, seed=seed, sequence=sequence, latency=latency, **shared)
     fits = repair(pass_, edited, view, teacher, examples, **shared)
     refuse_changed(view, bystanders)
     return PassRecord(
