@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from headwise.cli.bundle import bundle
 from headwise.cli.common import (
     CHECKPOINT_HELP,
     EXIT_CODES,
@@ -21,6 +22,7 @@ from headwise.cli.common import (
     show_or_dump,
 )
 from headwise.cli.text import cost, generate
+from headwise.device.cli import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -220,8 +222,10 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(bundle)
 main.add_command(cost)
 main.add_command(generate)
+main.add_command(verify)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:
