@@ -21,6 +21,8 @@ LOCAL = "local.json"
 """Beside the manifest: engines that were built and fingerprints that were taken on this device."""
 ONNX = "onnx"
 """Name of the artifact that runs on ONNX Runtime."""
+CACHE = "present."
+"""Begins the names of what a decoder caches."""
 ARCHIVE = "headwise-verify.pyz"
 
 

@@ -106,7 +106,7 @@ def verify(bundle: Bundle, wanted: Wanted | None = None) -> Verification:
     bad = next((check for check in checks if check.outcome != PASS), None)
     for name in _ORDER:
         if name not in done and name not in skipped and bad is not None:
-            checks.append(Check(name=name, outcome=NOT_RUN, found=f"because of what {bad.name} found", fix=bad.fix))
+            checks.append(Check(name=name, outcome=NOT_RUN, found=f"because of what {bad.name} found"))
     note = "" if wanted.artifact or artifact.is_engine else _no_engine(bundle)
     return Verification(bundle=bundle.name, artifact=artifact.name, checks=tuple(checks), note=note)
 
