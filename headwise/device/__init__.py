@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headwise.device.selftest import SelfTest
+    from headwise.device.fingerprints import SelfTest
 
 
 def selftest(bundle: str | Path, artifact: str | None = None) -> SelfTest:
@@ -21,6 +21,6 @@ def selftest(bundle: str | Path, artifact: str | None = None) -> SelfTest:
         bundle: the folder.
         artifact: name of the engine, or ``onnx``; by default what this machine can run.
     """
-    from headwise.device.selftest import SelfTest  # the engine builder's process imports this package, but no numpy
+    from headwise.device.fingerprints import SelfTest  # the engine builder's process imports this package, but no numpy
 
     return SelfTest.open(Path(bundle), artifact)

@@ -53,7 +53,7 @@ def verify(
         raise click.UsageError("--engine excludes --onnx, and --record needs --selftest")
     from headwise.device import verify as verifying
     from headwise.device.bundle import ONNX
-    from headwise.device.selftest import compare
+    from headwise.device.fingerprints import compare
 
     opened = _open(bundle)
     wanted = verifying.Wanted(artifact=ONNX if onnx else engine, rounds=rounds, tolerance=tolerance)
@@ -99,7 +99,7 @@ def _open(folder: Path | None) -> Bundle:
 
 
 def _record(bundle: Bundle, name: str) -> None:
-    from headwise.device.selftest import take
+    from headwise.device.fingerprints import take
 
     entry = take(bundle, bundle.artifact(name))
     bundle.local["fingerprints"].append(entry)

@@ -14,8 +14,8 @@ from headwise.artifacts import MANIFEST, building, digest_file
 from headwise.device.arrays import Port
 from headwise.device.bundle import ARCHIVE, ONNX, SCHEMA, Artifact, Bundle
 from headwise.device.checks import PASS
+from headwise.device.fingerprints import take
 from headwise.device.runtimes import ORT
-from headwise.device.selftest import take
 from headwise.device.verify import Wanted, verify
 from headwise.errors import BundleError, ExportError
 from headwise.export.graph import copy_graph, graph_ports
