@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import bundled, copy_of, manifest, run_with_report, with_engines
+from bundles import bundled, copy_of, manifest, opened, outcomes, run_with_report, sm86, with_engines
 from click.testing import CliRunner
+from fake_gpu import GraphEngine
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from headwise.artifacts import digest_file
 from headwise.calibration.tasks import Examples
 from headwise.cli import main
 from headwise.device.arrays import Port
+from headwise.device.verify import Wanted, verify
 from headwise.errors import BundleError, DataError, ExportError, GateError, StorageError
 from headwise.pipeline import bundling
 from headwise.pipeline.bundle_files import write_archive
@@ -93,6 +95,20 @@ def test_a_decoder_has_a_case_with_a_past(base: Path) -> None:
     assert found["source"]["tolerance"]["logits"] == GOLDEN["fp16"]
     assert (bundle / "processor" / "tokenizer.json").exists()
     assert (bundle / "processor" / "generation_config.json").exists()
+
+
+def test_single_tokens_run_with_the_shapes_that_are_theirs(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[GraphEngine] = []
+
+    def load(data: bytes) -> GraphEngine:
+        made.append(GraphEngine(data))
+        return made[-1]
+
+    sm86(monkeypatch, load=load)
+    found = verify(opened(bundled("story", base)), Wanted(rounds=0))
+    assert outcomes(found.checks) == dict.fromkeys(("files", "runtime", "ports", "golden"), "PASS")
+    assert found.artifact == "sm86"
+    assert made[0].profiles == [1], "the step; the other cases ran before it, with the shapes that a new engine has"
 
 
 def test_golden_inputs_fit_the_engines(base: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,10 @@ from headwise.device.machine import cpu_model, peak_memory
 from headwise.device.rebuild import rebuild
 from headwise.device.verify import Wanted, verify
 from headwise.errors import BundleError, MachineError
+
+needs_builder = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: no engine can be built"
+)
 
 
 @pytest.fixture
@@ -481,3 +488,73 @@ def test_the_bundle_itself_is_not_changed_by_reading(base: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
     assert verify(opened(bundle), Wanted(artifact="onnx", rounds=1)).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
+
+
+# the archive, in an environment that holds nothing else
+
+
+DRIVER = """
+import importlib.util, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code
+for name in ("torch", "transformers", "onnx", "pydantic", "rich", "ml_dtypes"):
+    assert name not in sys.modules and importlib.util.find_spec(name) is None, name
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "click", "onnxruntime"}))
+sys.exit(code)
+"""
+
+
+def link(site: Path) -> None:
+    """Put the packages of a device into a folder; numpy.libs is there where numpy came as a wheel."""
+    for package in ("numpy", "numpy.libs", "click", "onnxruntime"):
+        found = next((path for entry in sys.path if (path := Path(entry, package)).exists()), None)
+        if found is not None:
+            (site / package).symlink_to(found)
+
+
+def bare(site: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Python without a site: of all packages it sees those in the folder only."""
+    command = [sys.executable, "-S", *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    return subprocess.run(command, check=False, env=env, cwd=site, capture_output=True, text=True)
+
+
+def test_a_bare_device_needs_numpy_click_and_a_runtime(base: Path, tmp_path: Path) -> None:
+    archive = copy_of("plain", base, tmp_path) / "headwise-verify.pyz"
+    site = tmp_path / "site"
+    site.mkdir()
+    link(site)
+    done = bare(site, "-c", DRIVER, archive, "verify", "--rounds", "2", "--onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "click numpy onnxruntime"
+    assert 'PASS     golden    output "digit"' in done.stdout
+    assert bare(site, archive, "verify", "--onnx", "--selftest").returncode == 0
+    (site / "onnxruntime").unlink()
+    done = bare(site, archive, "verify", "--onnx")
+    assert done.returncode == 4
+    assert "onnxruntime cannot be imported" in done.stdout
+
+
+def test_the_archive_builds_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
+    """The runtime is imported by the child, which the archive starts from itself."""
+    archive = copy_of("plain", base, tmp_path) / "headwise-verify.pyz"
+    link(tmp_path)
+    (tmp_path / "tensorrt_rtx.py").write_text("import os; os.write(2, b'out of luck'); os.kill(os.getpid(), 9)")
+    done = bare(tmp_path, archive, "build", "--runtime", "tensorrt-rtx", "--sm", "86")
+    assert done.returncode == 3
+    assert "the builder's process ended with signal 9: out of luck" in done.stderr
+
+
+@needs_builder
+def test_a_real_engine_is_built_from_the_archive(base: Path, tmp_path: Path) -> None:
+    archive = copy_of("plain", base, tmp_path) / "headwise-verify.pyz"
+    command = [sys.executable, archive, "build", "--runtime", "tensorrt-rtx", "--sm", "86", "--json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["artifact"] == "local-tensorrt-rtx-sm86"
+    assert {check["name"]: check["outcome"] for check in found["checks"]}["files"] == "PASS"
+    assert (archive.parent / "local" / "local-tensorrt-rtx-sm86.engine").stat().st_size > 1000
+    assert done.returncode in (0, 4), "4 where there is no such GPU"

@@ -9,7 +9,6 @@ from typing import Any
 
 from headwise.artifacts import Artifact, reopen
 from headwise.errors import GateError, StorageError
-from headwise.export.quantize import Promise
 from headwise.export.targets import CPU
 from headwise.pipeline.graphs import GRAPH
 from headwise.pipeline.summary import Report, Stage
@@ -105,9 +104,10 @@ def _part(folder: Path, stages: list[Stage]) -> Part:
     last = stages[-1]
     made = _whole(folder, last)
     info: Mapping[str, Any] = made.info
-    schemes = {Promise(**promise).scheme for promise in info.get("promises", ())}
-    if last["name"] == CPU and last["record"] is not None:
-        schemes = {"int8"}
+    record = info.get("record", {})
+    schemes = {row["scheme"] for row in record.get("matrices", ())} - {"float"}
+    if record.get("kv"):
+        schemes.add(f"{record['kv']['format']}-kv")
     precision = next((stage["name"] for stage in stages if stage["kind"] == "precision"), "fp32")
     return Part(
         stage=last["name"],

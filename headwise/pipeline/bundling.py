@@ -121,8 +121,13 @@ class _Maker:
         if part is None:
             return None
         graph = onnx if part.path == self.parts.onnx.path else self._graph("engine", part, cases)
-        profiles = [shapes for shapes in self.shapes.values() if shapes]
-        return {**graph, "profiles": profiles, "workspace_mb": self.recipe.export.workspace_mb}
+        outputs = graph_ports(part.path)[1]
+        return {
+            **graph,
+            "tolerance": _tolerances(outputs, "tf32" if part.arithmetic == "fp32" else part.arithmetic),
+            "profiles": [shapes for shapes in self.shapes.values() if shapes],
+            "workspace_mb": self.recipe.export.workspace_mb,
+        }
 
     def _graph(self, name: str, part: Part, cases: Cases) -> dict[str, Any]:
         """Copy a graph; its golden outputs are those of the graph that it was judged by."""
@@ -167,8 +172,9 @@ class _Maker:
 
 
 def _tolerances(outputs: Mapping[str, Port], arithmetic: str) -> dict[str, float]:
-    """Of every output; numbers of classes and the like are exact."""
-    return {name: GOLDEN[arithmetic] if "float" in port.dtype else 0.0 for name, port in outputs.items()}
+    """Of every output: classes and masks are exact, a cache may be stored in int8."""
+    limits = {"int8": GOLDEN["codes"], "uint8": GOLDEN["codes"], "int32": 0.0, "int64": 0.0, "bool": 0.0}
+    return {name: limits.get(port.dtype, GOLDEN[arithmetic]) for name, port in outputs.items()}
 
 
 def _refuse_other_content(out: Path) -> None:

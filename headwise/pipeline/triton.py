@@ -33,13 +33,13 @@ def write_repository(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
     Args:
         folder: of the bundle.
-        manifest: its artifacts; their files are there already.
+        manifest: of a bundle whose models and evidence are there already.
     """
     artifacts: Sequence[Mapping[str, Any]] = manifest["artifacts"]
     plans = [artifact for artifact in artifacts if artifact["runtime"] == FULL]
     name = re.sub(r"[^\w.-]", "_", manifest["name"])
     served = {f"{name}-{plan['name']}": plan for plan in plans} or {name: artifacts[0]}
-    batch = 1 if manifest["source"] is None else _largest_batch(manifest["source"])
+    batch = int(manifest["evidence"]["export"]["batch"]["max"])
     for model, artifact in served.items():
         version = folder / "triton" / model / "1"
         version.mkdir(parents=True)
@@ -85,7 +85,3 @@ def _port(name: str, dtype: str, dims: Sequence[int | str], *, batched: bool) ->
     # A tensor of one number per row has no dims of its own, which Triton has no word for.
     shape = f"dims: [ {sizes} ]" if sizes else "dims: [ 1 ] reshape: { shape: [ ] }"
     return f"  {{ name: {json.dumps(name)} data_type: {_TYPES[dtype]} {shape} }}"
-
-
-def _largest_batch(source: Mapping[str, Any]) -> int:
-    return min(int(shapes["max"][0]) for profile in source["profiles"] for shapes in profile.values())
