@@ -54,6 +54,7 @@ def latent(layout: AttentionLayout) -> AttentionLayout:
 VARIANTS: dict[str, tuple[Edit | None, Form]] = {
     "dense": (None, "auto"),
     "GQA, 4 kv heads": (grouped(4), "auto"),
+    "GQA, 2 kv heads": (grouped(2), "auto"),
     "MQA, 1 kv head": (grouped(1), "auto"),
     "MLA, latent 192 and rotary 64, absorbed": (latent, "absorbed"),
     "MLA, the same, not absorbed": (latent, "unabsorbed"),
