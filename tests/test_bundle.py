@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from fake_gpu import GraphEngine
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from headwise.artifacts import digest_file
+from headwise.artifacts import digest_file, digest_tree
 from headwise.calibration.tasks import Examples
 from headwise.cli import main
 from headwise.device.arrays import Port
@@ -61,9 +62,9 @@ def test_artifacts_say_what_they_are(base: Path) -> None:
     )
     assert engine["inputs"] == {"tokens": ["float16", ["batch", 5, 32]]}
     assert {name: dtype for name, (dtype, _) in onnx["outputs"].items()} == {"digit": "float32", "parity": "float32"}
-    assert engine["profiles"] == found["source"]["profiles"]
+    assert engine["profiles"] == found["sources"][0]["profiles"]
     assert engine["profiles"][0]["tokens"]["max"] == [8, 5, 32]
-    assert found["source"]["file"] == "graphs/engine/model.onnx"
+    assert found["sources"][0]["file"] == "graphs/engine/model.onnx"
     assert found["targets"] == ["sm86", "tensorrt/sm87"]
     assert sum(len(layer["query"]) for layer in found["layout"]["attention"]) == 9, "a quarter of 12 heads is gone"
 
@@ -91,8 +92,8 @@ def test_a_decoder_has_a_case_with_a_past(base: Path) -> None:
     assert past > 0
     assert arrays["step"]["attention_mask"].shape == (4, past + 1)
     assert arrays["step"]["position_ids"].tolist() == [[past]] * 4
-    assert len(found["source"]["profiles"]) == 2
-    assert found["source"]["tolerance"]["logits"] == GOLDEN["fp16"]
+    assert len(found["sources"][0]["profiles"]) == 2
+    assert found["sources"][0]["tolerance"]["logits"] == GOLDEN["fp16"]
     assert (bundle / "processor" / "tokenizer.json").exists()
     assert (bundle / "processor" / "generation_config.json").exists()
 
@@ -111,6 +112,32 @@ def test_single_tokens_run_with_the_shapes_that_are_theirs(base: Path, monkeypat
     assert made[0].profiles == [1], "the step; the other cases ran before it, with the shapes that a new engine has"
 
 
+def test_single_tokens_may_have_a_graph_and_an_engine_of_their_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run_with_report("story", base, tmp_path)
+    for name in ("model.onnx", "model.engine"):
+        for path in out.glob(f"*/{name}"):
+            shutil.copyfile(path, path.with_name(name.replace("model", "decode")))
+            stored = json.loads((path.parent / "manifest.json").read_text())
+            stored["files"] = digest_tree(path.parent)
+            (path.parent / "manifest.json").write_text(json.dumps(stored))
+    made = make_bundle(out, tmp_path / "bundle", triton=True)
+    found = {artifact["name"]: artifact for artifact in made["artifacts"]}
+    assert list(found) == ["onnx", "onnx-decode", "sm86", "sm86-decode"]
+    assert list(found["sm86-decode"]["golden"]) == ["step"]
+    assert [len(artifact["profiles"]) for artifact in made["sources"]] == [1, 1]
+    assert found["sm86-decode"]["profiles"][0]["input_ids"]["max"] == (8, 1)
+    assert made["triton"] == ["bundle", "bundle-decode"]
+    sm86(monkeypatch)
+    result = verify(opened(tmp_path / "bundle"), Wanted(rounds=0))
+    assert result.artifact == "sm86"
+    assert result.exit_code == 0
+    assert 'sm86-decode: output "logits" is within' in " ".join(check.found for check in result.checks)
+    monkeypatch.setattr(GraphEngine, "execute_async_v3", lambda *arguments: False)
+    assert verify(opened(tmp_path / "bundle"), Wanted(artifact="sm86-decode")).exit_code == 1
+
+
 def test_golden_inputs_fit_the_engines(base: Path, tmp_path: Path) -> None:
     batch = {"min": 6, "opt": 6, "max": 7}
     out = run_with_report("plain", base, tmp_path, recipe__export__batch=batch)
@@ -124,7 +151,7 @@ def test_a_run_without_engines_has_no_graph_for_them(base: Path, tmp_path: Path)
     kept = [stage for stage in stages if stage["kind"] != "engine"]
     out = run_with_report("plain", base, tmp_path, recipe__targets=[], stages=kept)
     found = make_bundle(out, tmp_path / "bundle")
-    assert found["source"] is None
+    assert found["sources"] == []
     assert [artifact["stage"] for artifact in found["artifacts"]] == ["onnx"]
     assert "Build the engine" not in (tmp_path / "bundle" / "README.md").read_text()
 

@@ -301,7 +301,7 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
         ("{", "manifest.json cannot be read"),
         ("[]", 'manifest.json has the schema "None"'),
         ('{"schema": "headwise.bundle/9"}', 'manifest.json has the schema "headwise.bundle/9"'),
-        ('{"schema": "headwise.bundle/1"}', "manifest.json lacks or cannot use 'source'"),
+        ('{"schema": "headwise.bundle/1"}', "manifest.json lacks or cannot use 'name'"),
     ],
 )
 def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
@@ -445,7 +445,7 @@ def test_build_on_the_device(bundle: Path, worker: list[Any], monkeypatch: pytes
     assert "built local/local-tensorrt-sm87.engine with tensorrt 10.3" in result.output
     assert "bundle: local-tensorrt-sm87\n" in result.output
     assert (worker[0]["sm"], worker[0]["module"]) == (87, "tensorrt")
-    assert worker[0]["profiles"] == manifest(bundle)["source"]["profiles"]
+    assert worker[0]["profiles"] == manifest(bundle)["sources"][0]["profiles"]
     assert (bundle / "manifest.json").read_bytes() == before
     assert [entry["name"] for entry in json.loads((bundle / "local.json").read_text())["artifacts"]] == [
         "local-tensorrt-sm87"
@@ -469,7 +469,7 @@ def test_what_cannot_be_built(bundle: Path, worker: list[Any], monkeypatch: pyte
     with pytest.raises(BundleError, match=r"graphs/engine/model\.onnx has "):
         rebuild(opened(bundle), "tensorrt-rtx")
     found = manifest(bundle)
-    (bundle / "manifest.json").write_text(json.dumps({**found, "source": None}))
+    (bundle / "manifest.json").write_text(json.dumps({**found, "sources": []}))
     with pytest.raises(BundleError, match="the bundle has no graph for engines"):
         rebuild(opened(bundle), "tensorrt-rtx")
     assert not worker

@@ -21,6 +21,8 @@ LOCAL = "local.json"
 """Beside the manifest: engines that were built and fingerprints that were taken on this device."""
 ONNX = "onnx"
 """Name of the artifact that runs on ONNX Runtime."""
+SINGLE = "-decode"
+"""Ends the name of what takes the calls with one token per row."""
 CACHE = "present."
 """Begins the names of what a decoder caches."""
 ARCHIVE = "headwise-verify.pyz"
@@ -43,6 +45,7 @@ class Artifact:
         sm: compute capability that an engine was built for; 0 where there is none.
         workspace_mb: limit of the builder's scratch memory in MiB.
         stage: the stage of the report that it came from.
+        single: whether it takes the calls with one token per row only, and another artifact the prompts.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Artifact:
     sm: int = 0
     workspace_mb: int | None = None
     stage: str = ""
+    single: bool = False
 
     @property
     def is_engine(self) -> bool:
@@ -86,7 +90,8 @@ class Bundle:
         folder: where it lies.
         name: of the model.
         artifacts: what can be run, those built on this device included.
-        source: the graph that engines are built from; None where the run had no engines.
+        sources: the graphs that engines are built from: none where the run had no engines, two where single tokens have
+            one of their own.
         cases: case -> file of its golden inputs.
         files: relative path -> ``sha256`` and ``bytes``.
         fingerprints: see ``SelfTest``.
@@ -96,7 +101,7 @@ class Bundle:
     folder: Path
     name: str
     artifacts: tuple[Artifact, ...]
-    source: Artifact | None
+    sources: tuple[Artifact, ...]
     cases: Mapping[str, str]
     files: Mapping[str, Mapping[str, Any]]
     fingerprints: Sequence[Mapping[str, Any]]
@@ -113,12 +118,11 @@ class Bundle:
         nothing: dict[str, Any] = {"files": {}, "artifacts": [], "fingerprints": []}
         local = _read(folder / LOCAL) if (folder / LOCAL).exists() else nothing
         try:
-            source = manifest["source"]
             return cls(
                 folder=folder,
                 name=manifest["name"],
                 artifacts=tuple(map(Artifact.from_json, [*manifest["artifacts"], *local["artifacts"]])),
-                source=None if source is None else Artifact.from_json(source),
+                sources=tuple(map(Artifact.from_json, manifest["sources"])),
                 cases=manifest["cases"],
                 files={**manifest["files"], **local["files"]},
                 fingerprints=[*manifest["fingerprints"], *local["fingerprints"]],
@@ -146,11 +150,16 @@ class Bundle:
             f'the bundle has no engine "{name}"', expected="one of: " + ", ".join(names), fix=did_you_mean(name, names)
         )
 
+    def with_single(self, artifact: Artifact) -> tuple[Artifact, ...]:
+        """An artifact, and the one that takes its calls with one token per row."""
+        single = [other for other in self.artifacts if other.single and other.name == artifact.name + SINGLE]
+        return (artifact, *single)
+
     def feeds(self, artifact: Artifact) -> dict[str, dict[str, Array]]:
         """Case -> its golden inputs, with the bits that the artifact takes."""
         return {
             case: {name: store(found[name], port.dtype) for name, port in artifact.inputs.items()}
-            for case, found in ((case, self._arrays(file)) for case, file in self.cases.items())
+            for case, found in ((case, self._arrays(self.cases[case])) for case in artifact.golden)
         }
 
     def golden(self, artifact: Artifact) -> dict[str, Arrays]:

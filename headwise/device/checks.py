@@ -214,4 +214,5 @@ def _float(array: Array) -> Array:
 
 def required(bundle: Bundle, artifact: Artifact) -> list[str]:
     """The files that running an artifact on its golden inputs needs."""
-    return list(dict.fromkeys([*artifact.files, *bundle.cases.values(), *artifact.golden.values()]))
+    inputs = [bundle.cases[case] for case in artifact.golden]
+    return list(dict.fromkeys([*artifact.files, *inputs, *artifact.golden.values()]))

@@ -81,8 +81,9 @@ def build(bundle: Path | None, runtime: str, sm: str, rounds: int, as_json: bool
 
     opened = _open(bundle)
     made = rebuild(opened, runtime, None if sm == "current" else int(sm))
-    click.echo(f"built {made.file} with {made.runtime} {made.version}", err=True)
-    found = verify(_open(bundle), Wanted(artifact=made.name, rounds=rounds))
+    for engine in made:
+        click.echo(f"built {engine.file} with {engine.runtime} {engine.version}", err=True)
+    found = verify(_open(bundle), Wanted(artifact=made[0].name, rounds=rounds))
     _print(found, as_json=as_json)
     return found.exit_code
 

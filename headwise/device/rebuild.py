@@ -6,14 +6,16 @@ from dataclasses import replace
 
 from headwise.artifacts import digest_file, storage_error
 from headwise.device.builder import Build, build
-from headwise.device.bundle import Artifact, Bundle
+from headwise.device.bundle import SINGLE, Artifact, Bundle
 from headwise.device.checks import FAIL, check_files
 from headwise.device.cuda import require_gpu
 from headwise.errors import BundleError
 
 
-def rebuild(bundle: Bundle, runtime: str, sm: int | None = None) -> Artifact:
+def rebuild(bundle: Bundle, runtime: str, sm: int | None = None) -> list[Artifact]:
     """Build the engine with the profiles of the manifest, and write it down in ``local.json``.
+
+    Where single tokens have a graph of their own, it becomes a second engine.
 
     Args:
         bundle: with a graph for engines.
@@ -27,18 +29,22 @@ def rebuild(bundle: Bundle, runtime: str, sm: int | None = None) -> Artifact:
         EngineError: the builder refused the graph.
         StorageError: the engine cannot be written.
     """
-    source = bundle.source
-    if source is None:
+    if not bundle.sources:
         raise BundleError(
             "the bundle has no graph for engines",
             expected="a bundle of a run with a GPU among its targets",
             fix="add the target to the recipe, run headwise compress again, and bundle that run",
         )
-    damaged = [check for check in check_files(bundle, source.files) if check.outcome == FAIL]
+    files = [file for source in bundle.sources for file in source.files]
+    damaged = [check for check in check_files(bundle, files) if check.outcome == FAIL]
     if damaged:
         raise BundleError(damaged[0].found, expected=damaged[0].expected, fix=damaged[0].fix)
     sm = require_gpu().sm if sm is None else sm
-    name = f"local-{runtime}-sm{sm}"
+    return [_build(bundle, source, runtime, sm) for source in bundle.sources]
+
+
+def _build(bundle: Bundle, source: Artifact, runtime: str, sm: int) -> Artifact:
+    name = f"local-{runtime}-sm{sm}" + (SINGLE if source.single else "")
     out = bundle.folder / "local" / f"{name}.engine"
     try:
         out.parent.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from headwise.device.bundle import ARCHIVE, ONNX, Artifact, Bundle
@@ -85,7 +85,7 @@ def choose(bundle: Bundle, name: str | None) -> Artifact:
     if name is not None:
         return bundle.artifact(name)
     here = gpu()
-    fitting = [engine for engine in bundle.engines if here is not None and engine.sm == here.sm]
+    fitting = [e for e in bundle.engines if here is not None and e.sm == here.sm and not e.single]
     return fitting[-1] if fitting else bundle.artifact(ONNX)
 
 
@@ -97,10 +97,13 @@ def verify(bundle: Bundle, wanted: Wanted | None = None) -> Verification:
     """
     wanted = wanted or Wanted()
     artifact = choose(bundle, wanted.artifact)
-    files = list(bundle.files) if wanted.artifact is None else required(bundle, artifact)
-    checks = check_files(bundle, files)
-    damaged = check_files(bundle, required(bundle, artifact))
-    checks += [] if damaged[0].outcome == FAIL else _run(bundle, artifact, wanted)
+    together = bundle.with_single(artifact)
+    needed = list(dict.fromkeys(name for part in together for name in required(bundle, part)))
+    checks = check_files(bundle, list(bundle.files) if wanted.artifact is None else needed)
+    if check_files(bundle, needed)[0].outcome != FAIL:
+        for part in together:
+            mark = f"{part.name}: " if part.single else ""
+            checks += [replace(check, found=mark + check.found) for check in _run(bundle, part, wanted)]
     done = {check.name for check in checks}
     skipped = ("latency", "memory") if wanted.rounds == 0 else ()
     bad = next((check for check in checks if check.outcome != PASS), None)

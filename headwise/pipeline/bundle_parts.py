@@ -9,6 +9,7 @@ from typing import Any
 
 from headwise.artifacts import Artifact, reopen
 from headwise.errors import GateError, StorageError
+from headwise.export.decoder import DECODE
 from headwise.export.targets import CPU
 from headwise.pipeline.graphs import GRAPH
 from headwise.pipeline.summary import Report, Stage
@@ -36,6 +37,12 @@ class Part:
     runs: bool
     precision: str
     schemes: tuple[str, ...]
+
+    @property
+    def single(self) -> Path | None:
+        """The graph for calls with one token per row, where there is one."""
+        path = self.path.with_name(DECODE)
+        return path if path.exists() else None
 
     @property
     def label(self) -> str:

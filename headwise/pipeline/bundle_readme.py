@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import PurePosixPath
 from typing import Any
 
 import jinja2
@@ -11,18 +12,21 @@ import jinja2
 
 def readme(manifest: Mapping[str, Any]) -> str:
     """Markdown with what is in the bundle, and the commands to verify it and to build its engine again."""
-    source = manifest["source"]
     return _template().render(
         manifest=manifest,
         rows=list(_rows(manifest["evidence"]["stages"])),
-        trtexec=None if source is None else trtexec(source),
+        trtexec=[trtexec(source) for source in manifest["sources"]],
         missing=_not_built(manifest),
     )
 
 
 def trtexec(source: Mapping[str, Any]) -> str:
     """The command of full TensorRT that builds the same engine."""
-    parts = [f"trtexec --onnx={source['file']}", "--stronglyTyped", "--saveEngine=model.engine"]
+    parts = [
+        f"trtexec --onnx={source['file']}",
+        "--stronglyTyped",
+        f"--saveEngine={PurePosixPath(source['file']).stem}.engine",
+    ]
     if source["workspace_mb"] is not None:
         parts.append(f"--memPoolSize=workspace:{source['workspace_mb']}M")
     for index, profile in enumerate(source["profiles"]):

@@ -12,7 +12,7 @@ from typing import Any
 
 from headwise.artifacts import MANIFEST, building, digest_file
 from headwise.device.arrays import Port
-from headwise.device.bundle import ARCHIVE, ONNX, SCHEMA, Artifact, Bundle
+from headwise.device.bundle import ARCHIVE, ONNX, SCHEMA, SINGLE, Artifact, Bundle
 from headwise.device.checks import PASS
 from headwise.device.fingerprints import take
 from headwise.device.runtimes import ORT
@@ -28,14 +28,14 @@ from headwise.pipeline.bundle_files import copy_processor, write_archive
 from headwise.pipeline.bundle_parts import Part, Parts, find_parts
 from headwise.pipeline.bundle_readme import readme
 from headwise.pipeline.folders import compressed_model, untouched_model
-from headwise.pipeline.golden import Cases, golden_inputs, golden_outputs, save_arrays
+from headwise.pipeline.golden import STEP, Cases, golden_inputs, golden_outputs, save_arrays
 from headwise.pipeline.graphs import GRAPH
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.report import read_report
 from headwise.pipeline.results import PACKAGES
 from headwise.pipeline.shapes import sequence_limit
-from headwise.pipeline.stages import ENGINE
+from headwise.pipeline.stages import DECODE_ENGINE, ENGINE
 from headwise.pipeline.store import installed_version
 from headwise.pipeline.triton import write_repository
 from headwise.pipeline.workspace import Workspace
@@ -98,10 +98,9 @@ class _Maker:
     def manifest(self, name: str, samples: int) -> dict[str, Any]:
         """Everything but the evidence, the layout, and the sizes and hashes of the files."""
         cases = golden_inputs(self.workspace.examples, self.parts.onnx.path, self.shapes.get("profiles", {}), samples)
-        artifacts = [self._graph(ONNX, self.parts.onnx, cases)]
-        source = self._source(artifacts[0], cases)
-        if source is not None:
-            artifacts += [self._engine(source, stage, path) for stage, path in self.parts.engines]
+        artifacts = self._graphs(ONNX, self.parts.onnx, cases)
+        sources = self._sources(artifacts, cases)
+        artifacts += [self._engine(source, stage, path) for stage, path in self.parts.engines for source in sources]
         packages = {package: version for package in PACKAGES if (version := installed_version(package))}
         return {
             "schema": SCHEMA,
@@ -109,41 +108,49 @@ class _Maker:
             "task": self.recipe.task.type,
             "made": {"python": platform.python_version(), "packages": packages},
             "artifacts": artifacts,
-            "source": source,
+            "sources": sources,
             "targets": [target for target in self.recipe.targets if resolve_target(target).runtime != ORT],
             "cases": {case: self._write(f"golden/{case}.npz", arrays) for case, arrays in cases.items()},
             "fingerprints": [],
         }
 
-    def _source(self, onnx: dict[str, Any], cases: Cases) -> dict[str, Any] | None:
-        """The graph that engines are built from, which may be the one that ONNX Runtime runs."""
+    def _sources(self, onnx: list[dict[str, Any]], cases: Cases) -> list[dict[str, Any]]:
+        """The graphs that engines are built from, which may be those that ONNX Runtime runs."""
         part = self.parts.source
         if part is None:
-            return None
-        graph = onnx if part.path == self.parts.onnx.path else self._graph("engine", part, cases)
-        outputs = graph_ports(part.path)[1]
-        return {
-            **graph,
-            "tolerance": _tolerances(outputs, "tf32" if part.arithmetic == "fp32" else part.arithmetic),
-            "profiles": [shapes for shapes in self.shapes.values() if shapes],
-            "workspace_mb": self.recipe.export.workspace_mb,
-        }
+            return []
+        graphs = onnx if part.path == self.parts.onnx.path else self._graphs("engine", part, cases)
+        tolerances = _tolerances(graph_ports(part.path)[1], "tf32" if part.arithmetic == "fp32" else part.arithmetic)
+        shapes = [shapes for shapes in self.shapes.values() if shapes]
+        # An engine has both sets of shapes, or there are two with one each.
+        profiles = [shapes] if len(graphs) == 1 else [[entry] for entry in shapes]
+        more = {"tolerance": tolerances, "workspace_mb": self.recipe.export.workspace_mb}
+        return [{**graph, **more, "profiles": entry} for graph, entry in zip(graphs, profiles, strict=True)]
 
-    def _graph(self, name: str, part: Part, cases: Cases) -> dict[str, Any]:
-        """Copy a graph; its golden outputs are those of the graph that it was judged by."""
-        path = self.folder / "graphs" / name / GRAPH
-        path.parent.mkdir(parents=True)
-        copy_graph(part.path, path)
+    def _graphs(self, name: str, part: Part, cases: Cases) -> list[dict[str, Any]]:
+        """Copy a graph, and beside it the one for single tokens; their golden outputs are those that were judged."""
+        made = [self._graph(name, part, part.path, cases)]
+        if part.single is not None and STEP in cases:
+            made.append(self._graph(name, part, part.single, {STEP: cases[STEP]}))
+        return made
+
+    def _graph(self, folder: str, part: Part, source: Path, cases: Cases) -> dict[str, Any]:
+        is_single = source == part.single
+        path = self.folder / "graphs" / folder / source.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        copy_graph(source, path)
+        judged = source if is_single else part.judged
         with tempfile.TemporaryDirectory() as scratch:
-            judged = part.judged if part.runs else Path(scratch, GRAPH)
             if not part.runs:
-                widen(part.judged, judged)
+                widen(judged, (judged := Path(scratch, GRAPH)))
             golden = golden_outputs(judged, cases)
+        name = folder + (SINGLE if is_single else "")
         inputs, outputs = graph_ports(path)
+        files = (path, path.with_name(f"{path.name}.data"))
         return Artifact(
             name=name,
             file=self._relative(path),
-            files=tuple(sorted(map(self._relative, path.parent.iterdir()))),
+            files=tuple(self._relative(file) for file in files if file.exists()),
             runtime=ORT,
             version=str(installed_version("onnxruntime") or installed_version("onnxruntime-gpu")),
             precision=part.label,
@@ -152,13 +159,15 @@ class _Maker:
             golden={case: self._write(f"golden/{name}-{case}.npz", arrays) for case, arrays in golden.items()},
             tolerance=_tolerances(outputs, part.arithmetic),
             stage=part.stage,
+            single=is_single,
         ).to_json()
 
     def _engine(self, source: Mapping[str, Any], stage: Mapping[str, Any], built: Path) -> dict[str, Any]:
-        name = str(stage["name"]).removeprefix("engine-")
+        single = source["single"]
+        name = str(stage["name"]).removeprefix("engine-") + (SINGLE if single else "")
         path = self.folder / "engines" / f"{name}.engine"
         path.parent.mkdir(exist_ok=True)
-        shutil.copyfile(built / ENGINE, path)
+        shutil.copyfile(built / (DECODE_ENGINE if single else ENGINE), path)
         engine = {key: stage["engine"][key] for key in ("sm", "runtime", "version")}
         file = self._relative(path)
         return {**source, **engine, "name": name, "stage": stage["name"], "file": file, "files": [file]}

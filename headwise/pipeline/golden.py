@@ -22,6 +22,7 @@ from headwise.model.cache import is_past, is_present, next_past
 Cases = dict[str, dict[str, NDArray[Any]]]
 """Case -> input -> array."""
 
+STEP = "step"
 _TOKENS = 32  # of a decoder's rows: every token brings scores of the whole vocabulary
 
 
@@ -57,7 +58,7 @@ def golden_inputs(examples: Examples, graph: Path, profiles: Profiles, samples: 
         cases["short"] = _padded(examples, order[:count], low)
     cases = {name: first_call(batch, inputs) for name, batch in cases.items()}
     if decoder and (step := _step(graph, cases["batch"])):
-        cases["step"] = step
+        cases[STEP] = step
     return cases
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwise.device.runtimes import FULL
+from headwise.device.bundle import SINGLE
+from headwise.device.runtimes import FULL, ORT
 
 _TYPES = {
     "float16": "TYPE_FP16",
@@ -38,13 +39,16 @@ def write_repository(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     artifacts: Sequence[Mapping[str, Any]] = manifest["artifacts"]
     plans = [artifact for artifact in artifacts if artifact["runtime"] == FULL]
     name = re.sub(r"[^\w.-]", "_", manifest["name"])
-    served = {f"{name}-{plan['name']}": plan for plan in plans} or {name: artifacts[0]}
+    graphs = {name + (SINGLE if a["single"] else ""): a for a in artifacts if a["runtime"] == ORT}
+    served = {f"{name}-{plan['name']}": plan for plan in plans} or graphs
     batch = int(manifest["evidence"]["export"]["batch"]["max"])
     for model, artifact in served.items():
         version = folder / "triton" / model / "1"
         version.mkdir(parents=True)
         for file in artifact["files"]:
-            target = "model.plan" if artifact["runtime"] == FULL else Path(file).name
+            # Weights beside a graph keep their name, which the graph knows.
+            main = "model.plan" if artifact["runtime"] == FULL else "model.onnx"
+            target = main if file == artifact["file"] else Path(file).name
             shutil.copyfile(folder / file, version / target)
         (version.parent / "config.pbtxt").write_text(config(model, artifact, batch), encoding="utf-8")
     return list(served)
