@@ -21,12 +21,12 @@ from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
-from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
+from headwise.calibration.token_curves import token_curves
+from headwise.calibration.tokens import did_not_run, valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
 from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
-from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 Progress = Callable[[int], None]
@@ -87,6 +87,12 @@ class Stat(StrEnum):
     UNIT_GAUSS_NEWTON = "unit-gauss-newton"
     """The same shapes: E[J^T J] of the label-free signal, by Hutchinson draws."""
 
+    TOKEN_COST = "token-cost"
+    """Per layer (8,): relative squared change of its output when heads keep 1/8, 2/8, ... of the tokens."""
+
+    END_ATTENTION = "end-attention"
+    """Per layer (2, 16): share of attention that the first 1, 2, ... tokens receive, and the last."""
+
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
 
@@ -99,8 +105,9 @@ WEIGHTS = frozenset({Stat.MAP_SIMILARITY, Stat.EXCHANGE_COST, Stat.REPAIRED_COST
 MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
+TOKENS = frozenset({Stat.TOKEN_COST, Stat.END_ATTENTION})
 LABELLED = frozenset({Stat.LOSS_GRADIENT, Stat.UNIT_FISHER})
-RUNS = UNITS | {Stat.OUTPUT_CURVATURE}
+RUNS = UNITS | TOKENS | {Stat.OUTPUT_CURVATURE}
 """Statistics that take a run of their own, behind the one for all others."""
 
 
@@ -169,6 +176,8 @@ def collect(
             values[stat] = unit_gradients(view, task, examples, means, chosen, **given)
     if Stat.OUTPUT_CURVATURE in asked:
         values[Stat.OUTPUT_CURVATURE] = output_curvature(view, task, examples, seed=seed, **given)
+    if asked & TOKENS:
+        values |= dict(zip((Stat.TOKEN_COST, Stat.END_ATTENTION), token_curves(view, examples, **given), strict=True))
     if Stat.MACS in asked:
         work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
         values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
@@ -311,15 +320,6 @@ class _Sums:
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         return every
-
-
-def did_not_run(layer: AttentionView | MlpView) -> DataError:
-    """The error for a layer that no sample reached."""
-    return DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="a layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
 
 
 def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from headwise.calibration.tasks import Batch
+from headwise.errors import DataError
 from headwise.model.families import Family
+from headwise.model.mlp import MlpView
+from headwise.model.view import AttentionView
 
 
 def valid_mask(batch: Batch, family: Family) -> torch.Tensor | None:
@@ -30,3 +33,12 @@ def valid_tokens(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     if tensor.dim() == 2:
         return tensor if mask is None or mask.numel() != len(tensor) else tensor[mask.flatten()]
     return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)
+
+
+def did_not_run(layer: AttentionView | MlpView) -> DataError:
+    """The error for a layer that no sample reached."""
+    return DataError(
+        f"layer {layer.index} ({layer.path}) did not run",
+        expected="a layer that every sample passes through",
+        fix="exclude the layer, or feed the inputs that reach it",
+    )

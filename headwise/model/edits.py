@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from headwise.errors import PlanError
 from headwise.model.latent_edits import LatentKV, ShareLayers, refuse_compressed
 from headwise.model.layout import AttentionLayout, Layout, MlpLayout, from_ranges, ranges
+from headwise.model.token_edits import KeepTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,9 +228,10 @@ def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | DropNeurons
+Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | KeepTokens | DropNeurons
 EDITS: Mapping[str, type[Edit]] = {
-    cls.type: cls for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers, DropNeurons)
+    cls.type: cls
+    for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers, KeepTokens, DropNeurons)
 }
 
 

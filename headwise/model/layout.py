@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headwise.model.cache import CacheLayout, CacheTensor
+from headwise.model.token_budget import TokenBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class AttentionLayout:
         unrotated: width of the part of every query that meets keys from the latent; 0 where the class of the original
             runs the layer, whose queries are as they were.
         owner: the layer whose latent, or whose keys and values, this one reads; None where it has its own.
+        tokens: which tokens every head keeps (arXiv 2502.14504); None where queries meet the keys of all.
     """
 
     query: tuple[int, ...]
@@ -49,6 +51,7 @@ class AttentionLayout:
     rotary_heads: int = 1
     unrotated: int = 0
     owner: int | None = None
+    tokens: TokenBudget | None = None
 
     @property
     def group(self) -> int:
@@ -59,6 +62,11 @@ class AttentionLayout:
     def clustered(self) -> bool:
         """Whether some heads use the attention weights of another one."""
         return bool(self.represented) or self.online > 0
+
+    @property
+    def custom(self) -> bool:
+        """Whether only headwise's attention function computes what the layer does."""
+        return self.clustered or self.tokens is not None
 
     @property
     def compressed(self) -> bool:
@@ -126,7 +134,8 @@ class AttentionLayout:
         names = ("latent", "rotary", "rotary_heads", "unrotated")
         latent = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
         owner = {} if self.owner is None else {"owner": self.owner}
-        return data | represented | ({"online": self.online} if self.online else {}) | latent | owner
+        tokens = {} if self.tokens is None else {"tokens": self.tokens.to_json()}
+        return data | represented | ({"online": self.online} if self.online else {}) | latent | owner | tokens
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
@@ -141,6 +150,7 @@ class AttentionLayout:
             rotary_heads=int(data.get("rotary_heads", 1)),
             unrotated=int(data.get("unrotated", 0)),
             owner=data.get("owner"),
+            tokens=TokenBudget.from_json(data["tokens"]) if "tokens" in data else None,
         )
 
 
@@ -223,4 +233,4 @@ class Layout:
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
     """Whether all attention layers have the same head counts and widths, and every head its own weights."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
-    return len(shapes) <= 1 and not any(layer.clustered or layer.compressed for layer in layers)
+    return len(shapes) <= 1 and not any(layer.custom or layer.compressed for layer in layers)

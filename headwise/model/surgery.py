@@ -37,6 +37,8 @@ from headwise.model.mlp import MlpView
 from headwise.model.projections import Projections
 from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
+from headwise.model.token_edits import KeepTokens
+from headwise.model.token_select import masked_tokens
 from headwise.model.view import AttentionView, ModelView
 from headwise.model.writing import write, write_output, written
 
@@ -72,7 +74,7 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)
-            case ClusterOnline():
+            case ClusterOnline() | KeepTokens():
                 write(layer, layer.read(), edit.apply(layer.layout))
     _require_landed(model, predicted)
 
@@ -101,7 +103,8 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
     Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
-    queries and keys of representatives. Projections by way of a latent are multiplied out.
+    queries and keys of representatives. Projections by way of a latent are multiplied out. Keys that a head does not
+    keep are hidden from it where they are.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -128,6 +131,10 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(form("fused"))
+            if isinstance(edit, KeepTokens):
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
+                stack.enter_context(masked_tokens())
         stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
 

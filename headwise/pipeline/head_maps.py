@@ -126,6 +126,13 @@ def _shared_layers(edit: Mapping[str, Any]) -> str:
     return f"reads the {what} of layer {edit['owner']}"
 
 
+def _kept_tokens(edit: Mapping[str, Any]) -> str:
+    budget = edit["budget"]
+    whose = "the layer keeps the same" if budget["shared"] else "every head keeps its own"
+    rest = "the rest as one" if budget["rest"] == "fuse" else "the rest goes"
+    return f"{whose} {budget['keep']:.1%} of the tokens, {rest}"
+
+
 _WORDS = {
     "drop-heads": _dropped,
     "share-kv": _shared,
@@ -133,6 +140,7 @@ _WORDS = {
     "cluster-online": _clustered_online,
     "latent-kv": _latent,
     "share-layers": _shared_layers,
+    "keep-tokens": _kept_tokens,
 }
 
 
