@@ -328,7 +328,8 @@ def test_attention_whose_queries_see_different_tokens_is_refused(call: dict[str,
 
 def test_a_run_from_recipe_to_graph_says_what_every_head_keeps(tmp_path: Path) -> None:
     folder = text_files(tmp_path / "files")
-    write_recipe(folder, {**TEXT, "passes": [{"prune-tokens": {"keep": 0.5, "queries": 1}}], "gate": {"max_drop": 100.0}})
+    pass_ = {"prune-tokens": {"keep": 0.5, "queries": 1}}
+    write_recipe(folder, {**TEXT, "passes": [pass_], "gate": {"max_drop": 100.0}})
     report = run_recipe(folder).report
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert stages["onnx"]["status"] == "passed"
