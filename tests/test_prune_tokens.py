@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DECODERS, LAYERS, SEQ2SEQ, allowed, largest_difference, make_inputs, make_model
+from conftest import DECODERS, LAYERS, SEQ2SEQ, WIDTH, allowed, largest_difference, make_inputs, make_model
 from pydantic import ValidationError
 from runs import TEXT, text_files, write_recipe
 from runs import run as run_recipe
@@ -185,22 +185,99 @@ def test_a_layout_survives_json() -> None:
     assert EditPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize(("family", "name"), [("bert", "pooled"), ("bert", "random"), ("vit", "pooled")])
+@pytest.mark.parametrize(("family", "name"), [("bert", "pooled"), ("vit", "random")])
 def test_the_graph_is_the_module_at_every_shape_and_multiplies_less(family: str, name: str, tmp_path: Path) -> None:
     inputs = {key: tensor.numpy() for key, tensor in make_inputs(family).items()}
     axes = (0, 1) if family == "bert" else (0,)
-    macs = {}
-    for label, view in (("dense", ModelView.of(make_model(family))), ("pruned", pruned(family, VARIANTS[name]))):
-        info = to_onnx(view.module, inputs, tmp_path / f"{label}.onnx", dynamic=dict.fromkeys(inputs, axes))
-        assert info.nodes["Attention"] == LAYERS
-        assert info.nodes.get("TopK", 0) == (LAYERS if label == "pruned" else 0)
-        shapes = {key: (1, 32) if family == "bert" else (1, *array.shape[1:]) for key, array in inputs.items()}
-        macs[label] = graph_cost(tmp_path / f"{label}.onnx", shapes).macs
+    view = pruned(family, VARIANTS[name])
+    info = to_onnx(view.module, inputs, tmp_path / "model.onnx", dynamic=dict.fromkeys(inputs, axes))
+    assert (info.nodes["Attention"], info.nodes["TopK"]) == (LAYERS, LAYERS)
     if family == "bert":
-        # 2 of 32 x 32 products per layer: half the keys and one for the rest, against 4 pooled queries where they ask.
-        saved = LAYERS * 2 * 32 * (32 - 17) * 32
-        asked = LAYERS * 2 * 4 * 32 * 32 if name == "pooled" else 0
-        assert macs["dense"] - macs["pruned"] == saved - asked
+        layer, length = view.attention[0].path, 32
+        scopes = graph_cost(tmp_path / "model.onnx", dict.fromkeys(inputs, (1, length))).by_scope
+        attention = sum(count for scope, count in scopes.items() if scope.startswith(f"{layer}.self"))
+        projections = 3 * length * WIDTH * WIDTH
+        # Half of the keys and one for the rest, and two products with pooled queries.
+        met = 2 * length * (length // 2 + 1) * WIDTH
+        assert attention == projections + met + 2 * HALF.queries * length * WIDTH
+
+
+# -- tokens that leave ------------------------------------------------------------------------------------------------
+
+STREAM = {
+    "dropped": TokenBudget(keep=0.7, stream=True, rest="drop"),
+    "fused": TokenBudget(keep=0.7, stream=True, rest="fuse"),
+    "merged": TokenBudget(keep=0.7, stream=True, rest="merge", score="received"),
+}
+STACKS = sorted(set(ENCODERS) - {"albert"})
+
+
+def leaving(view: ModelView, budget: TokenBudget) -> EditPlan:
+    """Tokens leave behind the first two layers."""
+    shares = (budget.keep, 0.4)
+    return EditPlan(edits=tuple(KeepTokens(layer=i, budget=replace(budget, keep=k)) for i, k in enumerate(shares)))
+
+
+@pytest.mark.parametrize("family", STACKS)
+@pytest.mark.parametrize("name", sorted(STREAM))
+def test_tokens_that_left_are_as_good_as_hidden_and_merged_ones_as_copies(family: str, name: str) -> None:
+    view, inputs = ModelView.of(make_model(family)), make_inputs(family)
+    untouched = outputs(view, inputs)
+    plan = leaving(view, STREAM[name])
+    with twin(view, plan):
+        expected = outputs(view, inputs)
+    assert largest_difference(untouched, outputs(view, inputs)) == 0.0
+    apply(view, plan)
+    found = outputs(view, inputs)
+    mask = inputs.get("attention_mask")
+    for key, tensor in expected.items():
+        valid = mask.bool() if mask is not None and tensor.dim() > 2 else slice(None)
+        assert found[key].shape == untouched[key].shape
+        assert float((found[key] - tensor)[valid].abs().max()) < TWIN
+        assert float((untouched[key] - tensor)[valid].abs().max()) > 100 * TWIN
+
+
+@pytest.mark.parametrize("name", sorted(STREAM))
+def test_padding_has_no_influence_on_which_tokens_leave(name: str) -> None:
+    view, inputs = ModelView.of(make_model("bert")), make_inputs("bert")
+    apply(view, leaving(view, STREAM[name]))
+    batch = outputs(view, inputs)["last_hidden_state"]
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        alone = {key: tensor[row : row + 1, :length] for key, tensor in inputs.items()}
+        assert float((batch[row, :length] - outputs(view, alone)["last_hidden_state"][0]).abs().max()) < TWIN
+
+
+@pytest.mark.parametrize("rest", ["fuse", "merge"])
+def test_equal_tokens_become_one_without_loss(rest: str) -> None:
+    view, inputs = ModelView.of(make_model("torch")), {"tokens": torch.randn(2, 1, WIDTH).expand(-1, 5, -1)}
+    before = outputs(view, inputs)
+    apply(view, leaving(view, TokenBudget(keep=0.7, stream=True, rest=rest)))  # type: ignore[arg-type]
+    assert largest_difference(before, outputs(view, inputs)) < TWIN
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "merged"), ("vit", "dropped")])
+def test_later_layers_and_mlps_of_the_graph_have_fewer_tokens(family: str, name: str, tmp_path: Path) -> None:
+    inputs = {key: tensor.numpy() for key, tensor in make_inputs(family).items()}
+    axes = (0, 1) if family == "bert" else (0,)
+    view = ModelView.of(make_model(family))
+    apply(view, leaving(view, STREAM[name]))
+    to_onnx(view.module, inputs, tmp_path / "model.onnx", dynamic=dict.fromkeys(inputs, axes))
+    shapes = {key: (1, 32) if family == "bert" else (1, *array.shape[1:]) for key, array in inputs.items()}
+    scopes = graph_cost(tmp_path / "model.onnx", shapes).by_scope
+    work = [sum(count for scope, count in scopes.items() if scope.startswith(mlp.path)) for mlp in view.mlp]
+    assert work[0] > work[1] > work[2] > 0
+
+
+def test_a_model_whose_tokens_leave_is_saved_copied_and_loaded(tmp_path: Path) -> None:
+    make_model("vit").save_pretrained(tmp_path / "plain")
+    checkpoint = load_checkpoint(tmp_path / "plain")
+    view, inputs = checkpoint.view(), make_inputs("vit")
+    apply(view, leaving(view, STREAM["fused"]))
+    save_checkpoint(checkpoint, view, tmp_path / "edited")
+    found = outputs(view, inputs)
+    for other in (load_checkpoint(tmp_path / "edited"), checkpoint.copy()):
+        assert other.view().layout == view.layout
+        assert largest_difference(found, outputs(other.view(), inputs)) == 0.0
 
 
 # -- the pass ---------------------------------------------------------------------------------------------------------
@@ -224,6 +301,16 @@ def test_options_of_the_pass_reach_the_layout() -> None:
 def test_a_list_of_shares_leaves_layers_with_all_tokens_alone() -> None:
     plan = planned("vit", keep=[1.0, *[0.5] * (LAYERS - 1)])
     assert [edit.layer for edit in plan.edits] == list(range(1, LAYERS))
+
+
+def test_tokens_leave_in_equal_steps_or_as_listed() -> None:
+    plan = planned("vit", keep=0.4, reduce="tokens", rest="merge")
+    budgets = [edit.budget for edit in plan.edits if isinstance(edit, KeepTokens)]
+    assert [edit.layer for edit in plan.edits] == [0, 1]
+    assert [budget.keep for budget in budgets] == [0.7, 0.4]
+    assert all(budget.stream and budget.rest == "merge" for budget in budgets)
+    listed = planned("vit", keep=[1.0, 0.5, 0.5], reduce="tokens")
+    assert [edit.layer for edit in listed.edits] == [1]
 
 
 def test_a_budget_is_spread_where_it_costs_least() -> None:
@@ -283,6 +370,8 @@ def test_a_refit_brings_outputs_back(options: dict[str, Any]) -> None:
         ({"keep": 0.5, "budget": 0.5}, "give either keep or budget"),
         ({"keep": 0.0}, "keep is a share of the tokens, from 0.001 to 1"),
         ({"keep": [0.5, 1.5]}, "keep is a share of the tokens, from 0.001 to 1"),
+        ({"keep": 0.5, "rest": "merge"}, "rest: merge goes with reduce: tokens"),
+        ({"keep": 0.5, "reduce": "tokens", "refit": True}, "budget, delta, per and refit go with reduce: keys"),
         ({"budget": 0.5, "delta": 0.1}, "delta goes with one keep for all layers"),
         ({"keep": 0.5, "delta": 0.1, "alpha": 0.1, "beta": 0.2}, "beta is the lower threshold"),
     ],
@@ -297,6 +386,9 @@ def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], m
     [
         ("bert", {"keep": 1.0}, "every layer would keep all tokens"),
         ("bert", {"keep": [0.5]}, f"keep has 1 entries\n.*one per attention layer: {LAYERS}"),
+        ("bert", {"keep": [0.5, 0.7, 0.7], "reduce": "tokens"}, "keep grows from 0.5 to 0.7 behind layer 1"),
+        ("bert", {"keep": [1.0] * (LAYERS - 1) + [0.5], "reduce": "tokens"}, "no token would leave"),
+        ("albert", {"keep": 0.5, "reduce": "tokens"}, "reduce: tokens on layers of "),
         ("llama", {"keep": 0.5}, "prune-tokens in layer 0, where every token sees earlier ones only"),
     ],
 )

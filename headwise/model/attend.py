@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from headwise.errors import UnsupportedModelError
 from headwise.model.layout import AttentionLayout
 from headwise.model.membership import membership
+from headwise.model.token_flow import Parts, flow_of
 from headwise.model.token_select import HIDDEN, keep_keys
 
 NAME = "headwise"
@@ -103,21 +104,26 @@ def attend(
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
-    if (layout is None or not layout.custom) and not explicit:
+    flow = flow_of(module)
+    if (layout is None or not layout.custom) and flow is None and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
-    if layout.tokens is not None:
+    if flow is not None:
+        shift = flow.shift(shift)
+        if layout.tokens is not None:
+            flow.look(layout.tokens, Parts(query=query, key=key, value=value, scale=scale), shift)
+    elif layout.tokens is not None:
         kept = keep_keys(layout.tokens, query, key, value, shift, scale)
         key, value, shift = kept.key, kept.value, kept.shift
         if shift is not None and shift.shape[1] > 1:
             shift = shift.repeat_interleave(layout.group, dim=1)
-        if not explicit:
-            grouped = {"scale": scale, "enable_gqa": layout.group > 1}
-            return F.scaled_dot_product_attention(query, key, value, shift, **grouped).transpose(1, 2), None
+    if (flow is not None or layout.tokens is not None) and not explicit:
+        grouped = {"scale": scale, "enable_gqa": layout.group > 1}
+        return F.scaled_dot_product_attention(query, key, value, shift, **grouped).transpose(1, 2), None
     use = _selection(module, layout, query, key, shift, scale)
     if shift is not None and shift.shape[1] > 1:
         shift = _take(shift, use.queries)
@@ -141,7 +147,7 @@ def attend(
 
 
 def require_all_seen(caller: nn.Module, all_seen: bool) -> None:
-    """Raise where a module whose heads keep a share of the tokens is called so that queries see different ones.
+    """Raise where a module that works on a share of the tokens is called so that queries see different ones.
 
     Args:
         caller: the module that calls the attention function.
@@ -151,7 +157,8 @@ def require_all_seen(caller: nn.Module, all_seen: bool) -> None:
         UnsupportedModelError: the heads would choose tokens that some queries must not see.
     """
     layout = bound(caller)
-    if layout is not None and layout.tokens is not None and not all_seen:
+    budgeted = flow_of(caller) is not None or (layout is not None and layout.tokens is not None)
+    if budgeted and not all_seen:
         raise UnsupportedModelError(
             "prune-tokens on attention with an attn_mask, or to another sequence",
             expected="self-attention in which every query sees every token that is no padding",

@@ -38,7 +38,9 @@ from headwise.model.projections import Projections
 from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
 from headwise.model.token_edits import KeepTokens
+from headwise.model.token_flow import MaskedFlow
 from headwise.model.token_select import masked_tokens
+from headwise.model.token_surgery import let_leave
 from headwise.model.view import AttentionView, ModelView
 from headwise.model.writing import write, write_output, written
 
@@ -76,6 +78,7 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 cluster_heads(layer, edit)
             case ClusterOnline() | KeepTokens():
                 write(layer, layer.read(), edit.apply(layer.layout))
+    let_leave(model)
     _require_landed(model, predicted)
 
 
@@ -108,6 +111,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """
     compute_own(model)
     with ExitStack() as stack:
+        stack.callback(let_leave, model)
         for layer in model.attention:
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
             gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
@@ -135,6 +139,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(masked_tokens())
+        let_leave(model, MaskedFlow)
         stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
 
@@ -292,6 +297,7 @@ def reshape(model: ModelView, layout: Layout) -> None:
         write(view, zeros, replace(entry, latent=0, owner=None))
         if entry.compressed:
             reshape_compressed(model, view, entry)
+    let_leave(model)
     # Layouts of version 0.1.0 say nothing about neurons.
     for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
         reshape_mlp(mlp, neurons)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Score = Literal["pooled", "received", "random"]
-Rest = Literal["drop", "fuse"]
+Rest = Literal["drop", "fuse", "merge"]
 
 STEPS = 1000
 """Ratios are kept in steps of this fraction, so that a graph and a layout round them alike."""
@@ -28,7 +28,10 @@ class TokenBudget:
         weighted: the attention that a token receives counts as often as the norm of its value says.
         queries: into how many stretches of equal length ``pooled`` cuts a sample.
         first: so many tokens at the beginning are always kept; ``last``: at the end.
-        rest: the others are dropped, or become one key and value together (``fuse``).
+        rest: the others are dropped, or become one key and value together (``fuse``). Where tokens leave the stream,
+            each may become one with the token that goes on and has the most similar key (``merge``).
+        stream: not keys are chosen but tokens: all others leave the stream behind the block of this layer; ``keep`` is
+            a share of the tokens that there were at first.
     """
 
     keep: float
@@ -39,6 +42,7 @@ class TokenBudget:
     first: int = 1
     last: int = 0
     rest: Rest = "fuse"
+    stream: bool = False
 
     @property
     def steps(self) -> int:

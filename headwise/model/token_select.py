@@ -66,9 +66,8 @@ def keep_keys(
         shift: broadcastable to (B, 1, T, S), hides padding from all queries alike; None where there is none.
         scale: factor on the products of queries and keys.
     """
-    padding = None if shift is None else (shift[:, :, -1:] < HIDDEN / 2).expand(key.shape[0], -1, -1, -1)
-    tokens = _Tokens.of(key, padding)
-    index = _chosen(budget, _scores(budget, query, key, value, tokens, scale), tokens)
+    tokens = Tokens.of(key, shift)
+    index = _chosen(budget, scores_of(budget, query, key, value, tokens, scale), tokens)
     # The index is as wide as a sample without padding needs; a shorter one keeps the first of it.
     # A whole number is below a ratio rounded up when it is below the ratio.
     own = torch.arange(index.shape[-1], device=key.device) * STEPS < tokens.count * budget.steps
@@ -81,7 +80,7 @@ def keep_keys(
         key, value = _taken(key, index), _taken(value, index)
     if rest is None:
         # Without padding every kept key is seen.
-        return Kept(key=key, value=value, shift=None if padding is None and not _masking.get() else hidden)
+        return Kept(key=key, value=value, shift=None if tokens.hide is None and not _masking.get() else hidden)
     rows, heads = torch.broadcast_shapes(hidden.shape[:2], rest.seen.shape[:2])
     return Kept(
         key=torch.cat([key, rest.key], dim=2),
@@ -91,7 +90,7 @@ def keep_keys(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokens:
+class Tokens:
     """Which tokens are there.
 
     Attributes:
@@ -107,13 +106,14 @@ class _Tokens:
     hide: torch.Tensor | None
 
     @classmethod
-    def of(cls, key: torch.Tensor, padding: torch.Tensor | None) -> _Tokens:
+    def of(cls, key: torch.Tensor, shift: torch.Tensor | None) -> Tokens:
+        """From keys, (B, K, S, H), and what is added to the scores of all queries alike, or None."""
         # Without padding all samples are alike, and a graph of one length can hold these numbers as constants.
         present = torch.ones_like(key[:1, 0, :, 0], dtype=torch.long)
         hide = None
-        if padding is not None:
-            present = present.masked_fill(padding[:, 0, 0], 0)
-            hide = torch.zeros_like(padding, dtype=key.dtype).masked_fill(padding, HIDDEN)
+        if shift is not None:
+            hide = shift[:, :, -1:].expand(key.shape[0], -1, -1, -1)
+            present = present.masked_fill(hide[:, 0, 0] < HIDDEN / 2, 0)
         return cls(valid=present.to(key.dtype), place=present.cumsum(1), count=present.sum(1, keepdim=True), hide=hide)
 
 
@@ -125,8 +125,8 @@ class _Rest(NamedTuple):
     seen: torch.Tensor
 
 
-def _scores(
-    budget: TokenBudget, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: _Tokens, scale: float
+def scores_of(
+    budget: TokenBudget, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, scale: float
 ) -> torch.Tensor:
     """(B, K, S) what each token is worth to each kv head, never negative."""
     if budget.score == "random":
@@ -143,7 +143,7 @@ def _scores(
     return scores.sum(1, keepdim=True).expand(-1, key.shape[1], -1) if budget.shared else scores
 
 
-def _asked(budget: TokenBudget, query: torch.Tensor, tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def _asked(budget: TokenBudget, query: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries (B, N, Q, H) that say what a token is worth, and how many queries each stands for, (B, 1, Q, 1)."""
     if budget.score == "received":
         return query, tokens.valid[:, None, :, None]
@@ -155,7 +155,7 @@ def _asked(budget: TokenBudget, query: torch.Tensor, tokens: _Tokens) -> tuple[t
     return (pooling / size.clamp_min(1))[:, None] @ query, size[:, None]
 
 
-def _by_chance(key: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+def _by_chance(key: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """(B, K, S) numbers from 0 to 1 that depend on the head and on the place among the tokens alone."""
     heads = torch.arange(1, key.shape[1] + 1, device=key.device)[None, :, None]
     # Whole numbers, so that every runtime draws the same; a cube is another one for every residue of this prime.
@@ -163,7 +163,7 @@ def _by_chance(key: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
     return (seeds * seeds % _PRIME * seeds % _PRIME).to(key.dtype).expand(key.shape[0], -1, -1) / _PRIME
 
 
-def _chosen(budget: TokenBudget, scores: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+def _chosen(budget: TokenBudget, scores: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """(B, K, M) positions of the tokens with the highest scores, protected ones first, padding last."""
     protected = (tokens.place <= budget.first) | (tokens.place > tokens.count - budget.last)
     scores = scores.masked_fill(protected[:, None], -HIDDEN)
@@ -177,7 +177,7 @@ def _taken(heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return heads.gather(2, index[..., None].expand(-1, -1, -1, heads.shape[-1]))
 
 
-def _fused(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, own: torch.Tensor, tokens: _Tokens) -> _Rest:
+def _fused(key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, own: torch.Tensor, tokens: Tokens) -> _Rest:
     """One key and one value per head for all tokens that are not kept: their means, seen as often as there are any."""
     counted, kept = tokens.valid[:, None, :, None], own[:, None, :, None].to(key.dtype)
     left = (tokens.count - own.sum(1, keepdim=True))[:, :, None, None].to(key.dtype)

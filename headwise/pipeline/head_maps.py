@@ -128,6 +128,9 @@ def _shared_layers(edit: Mapping[str, Any]) -> str:
 
 def _kept_tokens(edit: Mapping[str, Any]) -> str:
     budget = edit["budget"]
+    if budget["stream"]:
+        left = {"drop": "the rest leaves", "fuse": "the rest becomes one", "merge": "the rest becomes part of them"}
+        return f"{budget['keep']:.1%} of the tokens go on, {left[budget['rest']]}"
     whose = "the layer keeps the same" if budget["shared"] else "every head keeps its own"
     rest = "the rest as one" if budget["rest"] == "fuse" else "the rest goes"
     return f"{whose} {budget['keep']:.1%} of the tokens, {rest}"
