@@ -41,6 +41,9 @@ METHODS: Mapping[str, Row] = {
     "per head, one pooled query": {"queries": 1},
     "per head, values not weighted": {"weighted": False},
 }
+STREAM: Mapping[str, Row] = {
+    f"tokens leave, {rest}": {"reduce": "tokens", "rest": rest} for rest in ("drop", "fuse", "merge")
+}
 KEEPS = (0.5, 0.7, 0.35)
 VIT_KEEPS = (0.75, 0.5, 0.35)
 SENTENCES = 28
@@ -69,7 +72,8 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _encoder_rows(bench: Bench, part: str, out: Path, facts: Row, tokens: int) -> None:
+def _encoder_rows(bench: Bench, part: str, out: Path, facts: Row, only: Sequence[str]) -> None:
+    tokens = facts["tokens"]
     rows = RESULTS.rows(out, part, facts)
     done = [(row["method"], row["keep"]) for row in rows]
     split = next(iter(bench.examples))
@@ -77,7 +81,7 @@ def _encoder_rows(bench: Bench, part: str, out: Path, facts: Row, tokens: int) -
     few = Examples.of(bench.examples[split].rows[:4], source="first", padding=bench.examples[split].padding)
     for keep in KEEPS:
         for method, options in METHODS.items():
-            if (method, keep) in done:
+            if (method, keep) in done or (only and f"{method} {keep}" not in only):
                 continue
             candidate, made = pruned(bench.checkpoint, bench.task, few, {"keep": keep, **options})
             inputs = {"input_ids": torch.ones(1, tokens, dtype=torch.long)}
@@ -85,6 +89,8 @@ def _encoder_rows(bench: Bench, part: str, out: Path, facts: Row, tokens: int) -
             row = {"method": method, "keep": keep, **made, **cost, **bench.evaluate(candidate, [split], set())}
             rows.append(row)
             click.echo(json.dumps(row), err=True)
+            order = [(m, k) for k in KEEPS for m in METHODS]
+            rows.sort(key=lambda row: order.index((row["method"], row["keep"])))
             RESULTS.save(out, part, {**facts, "rows": rows})
 
 
@@ -96,25 +102,26 @@ def _encoder_facts(bench: Bench, tokens: int) -> Row:
 def _sts_options(command: object) -> object:
     for name, text in (("train", "sts-train.csv."), ("data", "The file that is evaluated."), ("split", "Its name.")):
         command = click.option(f"--{name}", required=True, help=text)(command)  # type: ignore[arg-type]
-    return command
+    return click.option("--only", multiple=True, help="Measure this row only, such as 'per head 0.5'.")(command)  # type: ignore[arg-type]
 
 
 @main.command()
 @common
 @_sts_options
-def sts(out: Path, model: str, train: str, split: str, data: str) -> None:
+def sts(out: Path, model: str, train: str, split: str, data: str, only: Sequence[str]) -> None:
     """Every method on one split of the STS benchmark; a run that was cut short goes on."""
     bench, _ = sts_bench(model, {"train": train, split: data})
-    _encoder_rows(bench, f"sts-{split}", out, _encoder_facts(bench, 128), 128)
+    _encoder_rows(bench, f"sts-{split}", out, _encoder_facts(bench, 128), only)
 
 
 @main.command()
 @common
 @_sts_options
 @click.option("--count", default=32, show_default=True, help="Pairs of long texts.")
-def long(out: Path, model: str, train: str, split: str, data: str, count: int) -> None:
+def long(out: Path, model: str, count: int, only: Sequence[str], **given: str) -> None:
     """The same on texts of 512 tokens, made of neighbouring sentences of the file."""
-    bench, _ = sts_bench(model, {"train": train, split: data})
+    split, data = given["split"], given["data"]
+    bench, _ = sts_bench(model, {"train": given["train"], split: data})
     pairs = bench.texts[split]
     groups = [[pairs[(start * SENTENCES + i) % len(pairs)] for i in range(SENTENCES * 2)] for start in range(count)]
     columns = {
@@ -127,7 +134,7 @@ def long(out: Path, model: str, train: str, split: str, data: str, count: int) -
         examples={split: bench.task.encode(texts, bench.checkpoint)},
         texts={split: [()] * count},
     )
-    _encoder_rows(bench, f"long-{split}", out, _encoder_facts(bench, 512), 512)
+    _encoder_rows(bench, f"long-{split}", out, _encoder_facts(bench, 512), only)
 
 
 @main.command()
@@ -144,7 +151,7 @@ def vit(out: Path, model: str, work: Path, limit: int | None) -> None:
     rows_ = [{"image": image} for image in images[:4]]
     few = Examples.of(rows_, source="first", padding={})
     for keep in VIT_KEEPS:
-        for method, options in METHODS.items():
+        for method, options in {**METHODS, **STREAM}.items():
             candidate, found = pruned(checkpoint, None, few, {"keep": keep, **options})
             made[f"{method} {keep}"] = (candidate, {"method": method, "keep": keep, **found})
     runners = {}

@@ -185,7 +185,7 @@ def test_a_layout_survives_json() -> None:
     assert EditPlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize(("family", "name"), [("bert", "pooled"), ("vit", "random")])
+@pytest.mark.parametrize(("family", "name"), [("bert", "pooled"), ("vit", "received")])
 def test_the_graph_is_the_module_at_every_shape_and_multiplies_less(family: str, name: str, tmp_path: Path) -> None:
     inputs = {key: tensor.numpy() for key, tensor in make_inputs(family).items()}
     axes = (0, 1) if family == "bert" else (0,)
