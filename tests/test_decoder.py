@@ -15,6 +15,7 @@ import transformers
 from conftest import VOCABULARY, make_model, randomize
 
 from headwise.errors import DataError, ExportError
+from headwise.export.angles import Angles
 from headwise.export.decoder import caches, check_decoder, decoder_to_onnx
 from headwise.export.generate import generate, likeliest, sampled
 from headwise.export.kv import fold_channels
@@ -282,6 +283,17 @@ def test_half_precision_halves_the_cache_and_keeps_the_text(decoder: Exported, t
     convert_precision(decoder.path, tmp_path / "brain.onnx", "bf16")
     brain = onnx.load(str(tmp_path / "brain.onnx")).graph
     assert {v.type.tensor_type.elem_type for v in brain.output} == {onnx.TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_angles_stay_in_fp32_from_positions_to_sines(decoder: Exported, precision: Any, tmp_path: Path) -> None:
+    """fp16 has no odd numbers above 2048, and bf16 none above 256: neighbours would have one position."""
+    convert_precision(decoder.path, tmp_path / "half.onnx", precision)
+    angles = Angles.of(onnx.load(str(tmp_path / "half.onnx")))
+    assert {node.op_type for node in angles.nodes} >= {"Cos", "Sin", "Cast", "Mul"}
+    assert {tensor.data_type for tensor in angles.constants if tensor.dims} == {onnx.TensorProto.FLOAT}
+    full = Angles.of(onnx.load(str(decoder.path)))
+    assert len(angles.nodes) == len(full.nodes)
 
 
 def test_channels_of_the_cache_can_be_scaled_as_the_past_comes_back_scaled(decoder: Exported, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from headwise.cli.common import (
     show,
     show_or_dump,
 )
+from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
 
 
@@ -220,8 +221,10 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
+main.add_command(to_hf)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 from pydantic import Field, model_validator
 
 from headwise.errors import ExportError
+from headwise.export.angles import Angles
 from headwise.spec import Spec
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -56,6 +57,9 @@ class ExportSpec(Spec):
     cache: Literal["auto"] | bool = "auto"
     """Whether a decoder's graph takes the keys and values of earlier calls and returns them with its own, so that it
     can generate text. ``auto``: where the model generates text and all its layers allow it."""
+    decode: Literal["auto", "same"] = "auto"
+    """Calls of one token per row. ``auto`` exports a second graph for them where latent attention absorbs its
+    projections, and builds a second engine; ``same`` leaves them to the graph that reads prompts."""
     keep_io: bool = False
     """Keep float inputs and outputs in fp32 and cast inside of the graph."""
     batch: Range = Range()
@@ -116,7 +120,9 @@ def to_precision(model: onnx.ModelProto, precision: Precision, *, keep_io: bool 
     """The model in another precision, see :func:`convert_precision`; the one that was given must not be used again."""
     if precision == "fp32":
         return model
+    angles = Angles.of(model)
     model = _to_float16(model, keep_io) if precision == "fp16" else _to_bfloat16(model, keep_io)
+    angles.put_back(model.graph, TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16)
     check_graph(model, f"the {precision} graph", fix="use precision fp32, or the other half type")
     return model
 

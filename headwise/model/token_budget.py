@@ -38,7 +38,7 @@ class TokenBudget:
     score: Score = "pooled"
     shared: bool = False
     weighted: bool = True
-    queries: int = 4
+    queries: int = 8
     first: int = 1
     last: int = 0
     rest: Rest = "fuse"

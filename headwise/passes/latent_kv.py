@@ -13,10 +13,20 @@ from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.latent import latent_cost
 from headwise.model.latent_edits import LatentKV
+from headwise.model.latent_surgery import LatentWeights
+from headwise.model.latent_swap import RotaryLatent
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
-from headwise.passes.latent_rotary import RotarySplit, refuse_cached, rest_reader, rotary_latent
+from headwise.passes.latent_rotary import (
+    RotarySplit,
+    refuse_cached,
+    refuse_turned,
+    rest_reader,
+    rotary_latent,
+    turned_latent,
+    turned_reader,
+)
 from headwise.passes.latent_weights import LatentProblem, Reader
 from headwise.passes.recovery import Recovery
 
@@ -26,7 +36,7 @@ class LatentKVPass(Pass):
 
     name: ClassVar[str] = "latent-kv"
     summary: ClassVar[str] = "keys and values of all heads from one small latent per token (MHA or GQA to MLA)"
-    paper: ClassVar[str] = "arXiv 2502.07864, 2603.17946"
+    paper: ClassVar[str] = "arXiv 2502.07864, 2603.17946, 2407.21118"
 
     rank: int | tuple[int, ...] | None = None
     """Numbers per token of the latent: one for all layers, or one per layer. A layer in which a latent of this size
@@ -42,9 +52,11 @@ class LatentKVPass(Pass):
     """Weight errors of keys and values by what queries and output projection make of them."""
     balanced: bool = True
     """Give keys and values the same say, whatever their sizes."""
-    route: Literal["merge", "heads"] = "merge"
+    route: Literal["merge", "heads", "rebuild"] = "merge"
     """Of decoders with rotary positions: ``merge`` keeps one rotary key for all heads, in a basis of principal
-    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA)."""
+    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA). ``rebuild`` has no
+    rotary key: keys of all heads come from the latent and are rotated then (Palu), the most accurate for its bytes,
+    but nothing can be absorbed."""
     rotary: int | None = Field(default=None, ge=2)
     """Numbers per token of the rotary keys of a layer; without it as many as one head has, or 2 for every head."""
     fold: int = Field(default=1, ge=1)
@@ -55,6 +67,9 @@ class LatentKVPass(Pass):
     select: Literal["change", "norm"] = "change"
     """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or
     its share in the scores."""
+    frequencies: Literal["best", "every"] = "best"
+    """Which frequencies the rotary keys have: those of the components that are worth most, or each equally often, as
+    the layout of DeepSeek-V3 asks for."""
     distance: int = Field(default=256, ge=2)
     """Tokens of a typical sequence, for ``select: change``."""
     refit: bool = True
@@ -66,6 +81,8 @@ class LatentKVPass(Pass):
     def _one_size(self) -> LatentKVPass:
         if sum(given is not None for given in (self.rank, self.energy, self.budget)) != 1:
             raise ValueError("give one of rank, energy and budget")
+        if self.route == "rebuild" and self.rotary is not None:
+            raise ValueError("route: rebuild has no rotary keys beside the latent")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         if any(rank is not None and rank < 1 for rank in ranks):
             raise ValueError("a latent has at least one number per token")
@@ -77,11 +94,22 @@ class LatentKVPass(Pass):
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
 
+    def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
+        if self.budget is not None:
+            raise PlanError(
+                "latent-kv: a budget is spread over all layers together",
+                expected="rank or energy, by which every layer gets its latent without knowing the others",
+                fix="set rank to one number, or to one per layer: `headwise plan` shows those of a budget",
+            )
+        layers = len(view.attention)
+        ranks = self._wanted(layers) if self.rank is not None else [None] * layers
+        return tuple(self.model_copy(update={"rank": rank}) for rank in ranks)
+
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
             refuse_clustered(layer.index, layer.layout)
-            if cached(layer):
-                refuse_cached(layer)
+            if layer.caches:
+                refuse_turned(layer) if self.route == "rebuild" else refuse_cached(layer)
         solved = [self._problem(view, layer, stats) for layer in view.attention]
         problems = [problem for problem, _ in solved]
         ranks = self._ranks(view, problems, sum(0 if p is None else p.rotary.shape[:2].numel() for _, p in solved))
@@ -92,36 +120,48 @@ class LatentKVPass(Pass):
                 heads, width, _ = parts.rotary.shape
                 plain = parts.rest.shape[1]
                 rotary = {"rotary": heads * width, "rotary_heads": heads, "unrotated": plain}
+            elif layer.caches:
+                rotary = {"unrotated": layer.layout.head_dim}
             edits.append(LatentKV(layer=layer.index, rank=rank, **rotary))
             notes[layer.index] = describe_latent(layer, problem, rank)
         return EditPlan(edits=tuple(edits), notes=notes)
 
     def payloads(self, view: ModelView, stats: HeadStats, plan: EditPlan) -> Payloads:
-        found = {}
+        found: dict[int, LatentWeights | RotaryLatent] = {}
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, LatentKV):
                 layer = view.attention[edit.layer]
                 problem, parts = self._problem(view, layer, stats)
                 (weights,) = problem.solve(edit.rank)
-                found[position] = weights if parts is None else rotary_latent(layer, parts, weights)
+                if parts is not None:
+                    found[position] = rotary_latent(layer, parts, weights)
+                else:
+                    found[position] = turned_latent(view, layer, weights) if layer.caches else weights
         return found
 
     def _problem(
         self, view: ModelView, layer: AttentionView, stats: HeadStats
     ) -> tuple[LatentProblem, RotaryParts | None]:
         """The latents of a layer, and of a layer with a kv cache what stays beside them."""
-        split = RotarySplit(
+        parts = None if not layer.caches or self.route == "rebuild" else self._split().parts(view, layer, stats)
+        if parts is not None:
+            reader = rest_reader(layer, stats, parts)
+        else:
+            reader = Reader.of(layer, stats)
+            reader = turned_reader(reader) if layer.caches else reader
+        moment, data = stats[Stat.INPUT_MOMENT][layer.index], self.method == "outputs"
+        return LatentProblem.of([reader], moment, data=data, weighted=self.weighted, balanced=self.balanced), parts
+
+    def _split(self) -> RotarySplit:
+        return RotarySplit(
             merged=self.route == "merge",
             numbers=self.rotary,
             fold=self.fold,
             basis=self.basis,
             select=self.select,
             distance=self.distance,
+            every=self.frequencies == "every",
         )
-        parts = split.parts(view, layer, stats) if cached(layer) else None
-        reader = Reader.of(layer, stats) if parts is None else rest_reader(layer, stats, parts)
-        moment, data = stats[Stat.INPUT_MOMENT][layer.index], self.method == "outputs"
-        return LatentProblem.of([reader], moment, data=data, weighted=self.weighted, balanced=self.balanced), parts
 
     def _ranks(self, view: ModelView, problems: list[LatentProblem], rotary: int) -> list[int]:
         """Numbers per latent; ``rotary`` numbers of all layers are taken already."""
@@ -137,20 +177,19 @@ class LatentKVPass(Pass):
                     fix="raise the budget, or lower rotary",
                 )
             return spread_rank([problem.latent.energy for problem in problems], numbers, full)
+        return [min(rank, limit) for rank, limit in zip(self._wanted(len(problems)), full, strict=True)]
+
+    def _wanted(self, layers: int) -> tuple[int, ...]:
+        """The rank that was asked for, per layer."""
         assert self.rank is not None, "validated: one of the three is given"
-        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(problems)
-        if len(wanted) != len(problems):
+        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * layers
+        if len(wanted) != layers:
             raise PlanError(
                 f"rank has {len(wanted)} entries",
-                expected=f"one per attention layer: {len(problems)}",
+                expected=f"one per attention layer: {layers}",
                 fix="give one number for all layers, or one per layer",
             )
-        return [min(rank, limit) for rank, limit in zip(wanted, full, strict=True)]
-
-
-def cached(layer: AttentionView) -> bool:
-    """Whether a layer is run with a kv cache of its own, in which the latent takes the place of keys and values."""
-    return layer.family.causal and not layer.family.decoder
+        return wanted
 
 
 def describe_latent(layer: AttentionView, problem: LatentProblem, rank: int) -> str:

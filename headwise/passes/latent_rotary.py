@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from headwise.calibration.merge import pair_power
 from headwise.calibration.rotary import (
     Basis,
     RotaryParts,
@@ -18,6 +19,7 @@ from headwise.calibration.rotary import (
     importance,
     keep_rotary,
     merged_components,
+    of_every_frequency,
 )
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
@@ -27,6 +29,9 @@ from headwise.model.view import AttentionView, ModelView
 from headwise.passes.kv_weights import error_weights
 from headwise.passes.latent_weights import Reader
 
+_MOVING = ("dynamic", "longrope")
+"""Kinds of rotary positions in transformers whose frequencies depend on how long the text is."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotarySplit:
@@ -34,6 +39,7 @@ class RotarySplit:
 
     Attributes:
         numbers: per token, of all rotary keys of a layer; None: as many as one head has.
+        every: keep equally many components of every frequency.
     """
 
     merged: bool
@@ -42,6 +48,7 @@ class RotarySplit:
     basis: Basis
     select: Select
     distance: int
+    every: bool
 
     def parts(self, view: ModelView, layer: AttentionView, stats: HeadStats) -> RotaryParts:
         """Split the keys of a layer.
@@ -65,7 +72,10 @@ class RotarySplit:
         else:
             components = head_components(*given)
         worth = importance(components, angles(view, turned // 2), self.distance, self.select)
-        return keep_rotary(keys, components, worth, self.kept(layer), turned)
+        kept = self.kept(layer)
+        if self.every:
+            worth = of_every_frequency(components, worth, kept // turned)
+        return keep_rotary(keys, components, worth, kept, turned)
 
     def kept(self, layer: AttentionView) -> int:
         """Numbers per token of the layer's rotary keys."""
@@ -73,12 +83,15 @@ class RotarySplit:
         if not turned:
             return 0
         step = 2 if self.merged else 2 * heads
+        if self.every:
+            step = turned if self.merged else turned * heads
         numbers = self.numbers if self.numbers is not None else (turned if self.merged else step)
         if numbers % step or not 0 < numbers <= heads * turned:
             raise PlanError(
                 f"rotary: {numbers} in layer {layer.index} ({heads} kv heads, {turned} rotated coordinates in each)",
                 expected=f"a multiple of {step} up to {heads * turned}",
-                fix="rotated coordinates are pairs, of which every head keeps equally many under route: heads",
+                fix="rotated coordinates are pairs, of which every head keeps equally many under route: heads, and "
+                "every frequency under frequencies: every",
             )
         return numbers
 
@@ -109,6 +122,18 @@ def refuse_cached(layer: AttentionView) -> None:
         )
 
 
+def refuse_turned(layer: AttentionView) -> None:
+    """Raise PlanError where keys from a latent cannot be turned as the class turns them."""
+    refuse_cached(layer)
+    given = getattr(getattr(layer.module, "config", None), "rope_parameters", None) or {}
+    if layer.rotated and given.get("rope_type", "default") in _MOVING:
+        raise PlanError(
+            f"layer {layer.index} has rotary positions of type {given['rope_type']}",
+            expected="frequencies that do not depend on the length of the text: keys of the past are turned anew",
+            fix="use share-kv, or latent-kv with another route, for this model",
+        )
+
+
 def rest_reader(layer: AttentionView, stats: HeadStats, parts: RotaryParts) -> Reader:
     """Values, and what is left of the keys, as the latent sees them."""
     reader = Reader.of(layer, stats)
@@ -133,4 +158,33 @@ def rotary_latent(layer: AttentionView, parts: RotaryParts, weights: LatentWeigh
         rotary_bias=parts.rotary[..., -1] if has_bias else None,
         frequencies=parts.frequencies,
         query_maps=parts.query_maps,
+    )
+
+
+def turned_reader(reader: Reader) -> Reader:
+    """Keys and values as a latent sees them whose keys are turned behind it, by whatever angle.
+
+    A query that is some tokens away meets a pair of coordinates at any angle, so that an error counts by the size of
+    the query's pair alone. Keys and values keep a bias where anybody sees it.
+    """
+    layer, weights = reader.layer, reader.key_weights.clone()
+    turned = layer.rotated
+    if turned:
+        power = pair_power(weights[:, :turned, :turned]).repeat(1, 2) / 2
+        weights[:, :turned], weights[:, :, :turned] = 0, 0
+        weights[:, :turned, :turned] = torch.diag_embed(power)
+    return replace(reader, key_weights=weights, keeps=(turned > 0, True))
+
+
+def turned_latent(view: ModelView, layer: AttentionView, weights: LatentWeights) -> RotaryLatent:
+    """The numbers of an edit whose keys come from the latent and are turned behind it."""
+    heads, H, _ = weights.projections.value.shape
+    pairs = layer.rotated // 2
+    return RotaryLatent(
+        projections=weights.projections,
+        rotary=torch.zeros(1, 0, layer.read().query.shape[2]),
+        rotary_bias=None if layer.read().key_bias is None else torch.zeros(1, 0),
+        frequencies=torch.zeros(1, 0, dtype=torch.long),
+        query_maps=torch.eye(H, dtype=torch.float64).repeat(heads, 1, 1),
+        angles=angles(view, pairs) if pairs else None,
     )

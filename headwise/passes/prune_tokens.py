@@ -46,7 +46,7 @@ class PruneTokens(Pass):
     """What a token is worth: the attention that it receives from the mean queries of a few stretches of the sample
     (``pooled``, cheap), from all queries (``received``, as much work as it saves), or a number by chance (``random``).
     """
-    queries: int = Field(default=4, ge=1)
+    queries: int = Field(default=8, ge=1)
     """Stretches that ``pooled`` cuts a sample into."""
     weighted: bool = True
     """Attention counts as often as the norm of the token's value says."""

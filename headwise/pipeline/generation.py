@@ -12,6 +12,7 @@ from typing import Any, Literal
 import transformers
 
 from headwise.errors import DataError
+from headwise.export.decoder import DECODE
 from headwise.export.generate import Choose, generate, likeliest, sampled
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.model.checkpoint import load_checkpoint, read_tokenizer
@@ -19,6 +20,7 @@ from headwise.model.decoder import why_no_cache
 from headwise.model.families import FAMILIES
 from headwise.model.sources import quietly
 from headwise.pipeline.folders import compressed_model, is_run, runnable_graph, untouched_model
+from headwise.pipeline.graphs import DECODED
 from headwise.pipeline.report import read_report
 from headwise.pipeline.summary import Report
 
@@ -192,7 +194,11 @@ def read_prompts(path: Path) -> list[str]:
 def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
     if not graph.exists():
         raise DataError(f"{graph} does not exist", expected="a graph", fix="check the path")
-    decoder = OrtDecoder(graph)
+    # Where ONNX Runtime cannot join the codes of a cache, the stage has the same graph with numbers beside it.
+    decoded = graph.with_name(DECODED)
+    graph = decoded if decoded.exists() else graph
+    decode = graph.with_name(DECODE)
+    decoder = OrtDecoder(graph, decode=decode if decode != graph and decode.exists() else None)
     if home is None:
         raise DataError(
             f"no tokenizer: {graph} does not say which checkpoint it came from",
