@@ -57,7 +57,7 @@ UNFIT = {
     **{("share-layers", family): "no group has two layers" for family in SEQ2SEQ},
     ("share-layers", "albert"): "both of which run once",
     **{("prune-tokens", family): "every token sees earlier ones only" for family in DECODERS | SEQ2SEQ},
-    ("prune-tokens", "clip"): "clip-text",
+    **{("prune-tokens", family): "clip-text.*\n.*its tokens see earlier ones only" for family in ("clip", "clip-text")},
 }
 """What cannot be planned on these models, by what the error says; layers of one kind are too few in some."""
 

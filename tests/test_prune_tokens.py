@@ -33,7 +33,7 @@ from headwise.passes.prune_tokens import PruneTokens, _spread
 from headwise.pipeline.head_maps import head_maps
 from headwise.tolerances import TWIN
 
-ENCODERS = sorted(set(allowed("prune-tokens")) - DECODERS - SEQ2SEQ - {"clip"})
+ENCODERS = sorted(set(allowed("prune-tokens")) - DECODERS - SEQ2SEQ - {"clip", "clip-text"})
 HALF = TokenBudget(keep=0.5)
 VARIANTS = {
     "pooled": HALF,
