@@ -26,13 +26,14 @@ from headwise.export.precision import ExportSpec
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
-from headwise.model.decoder import positions, why_no_cache
+from headwise.model.decoder import cache_slots, positions, why_no_cache
 from headwise.model.forward import to_torch
 from headwise.model.view import ModelView
+from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY
 
 LOGITS = "logits"
-_PAST, _NEW = 4, 3
+_PAST, _NEW, _PAST_WINDOW = 4, 3, 5
 """Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
 
 
@@ -184,6 +185,9 @@ def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, 
     decoder = TorchDecoder(view)
     _read(decoder, ids[:, :_PAST], mask[:, :_PAST], [_PAST])
     arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, _NEW)}
+    for layer in decoder.cache.layers:
+        if isinstance(layer, StreamingLayer):
+            layer.widen(_PAST_WINDOW)
     return {**to_torch(arrays), "past_key_values": decoder.cache}
 
 
@@ -199,17 +203,15 @@ def _config(layout: CacheLayout, opset: int) -> OnnxConfig:
 def _name_ports(graph: Any, layout: CacheLayout) -> None:
     """Give the tensors of the cache their names; the exporter's names are paths into transformers' cache."""
     slots = [
-        (index, slot) for index, tensors in enumerate(layout.layers) for slot in ("keys", "values")[: len(tensors)]
+        f"past_key_values.layers.{index}.{slot}"
+        for index, tensors in enumerate(layout.layers)
+        for slot in cache_slots(tensors)
     ]
     for values, side, names in (
         (graph.inputs, "input", layout.past()),
         (graph.outputs, "output", layout.present()),
     ):
         ours = dict(zip(slots, names, strict=True))
-        known = {
-            f"{prefix}past_key_values.layers.{index}.{slot}": name
-            for (index, slot), name in ours.items()
-            for prefix in ("", f"{side}.")
-        }
+        known = {prefix + slot: name for slot, name in ours.items() for prefix in ("", f"{side}.")}
         for value in values:
             value.name = known.get(str(value.name), value.name)

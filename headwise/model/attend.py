@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headwise.model.layout import AttentionLayout
 from headwise.model.membership import membership
+from headwise.model.windows import attend_in_blocks, visible_to_heads
 
 NAME = "headwise"
 Positions = list[int] | torch.Tensor
@@ -53,7 +54,7 @@ def form(name: Form) -> Iterator[None]:
 def bind(caller: nn.Module, layout: AttentionLayout) -> None:
     """Let ``caller``, the module that calls the attention function, compute what ``layout`` says."""
     setattr(caller, _LAYOUT, layout)
-    if layout.clustered and (config := getattr(caller, "config", None)) is not None:
+    if (layout.clustered or layout.streaming) and (config := getattr(caller, "config", None)) is not None:
         config._attn_implementation = NAME
 
 
@@ -103,11 +104,16 @@ def attend(
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
+    if layout is not None and layout.streaming and not explicit:
+        seen = None if attention_mask is None else _seen(attention_mask)[:, 0, -1]
+        return attend_in_blocks(module, layout, (query, key, value), attention_mask, seen, **options), None
     if (layout is None or not layout.clustered) and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
+    if layout.streaming:
+        attention_mask = _within_windows(layout, query, key, attention_mask)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
     use = _selection(module, layout, query, key, shift, scale)
@@ -200,6 +206,20 @@ def _shift(
     heads = [layout.query.index(head) for head in layout.scoring]
     bias = position_bias if position_bias.shape[1] == 1 else _take(position_bias, heads)
     return bias if shift is None else shift + bias
+
+
+def _within_windows(
+    layout: AttentionLayout, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, N, T, S), true where a head sees a key: the mask of all heads, and the windows of some."""
+    seen = None if mask is None else _seen(mask)
+    visible = visible_to_heads(layout, None if seen is None else seen[:, 0, -1], query.shape[2], key.shape[2])
+    return visible if seen is None else visible & seen
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of either kind as a boolean one."""
+    return mask if mask.dtype == torch.bool else mask > _HIDDEN / 2
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
