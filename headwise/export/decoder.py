@@ -26,15 +26,17 @@ from headwise.export.precision import ExportSpec
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
-from headwise.model.decoder import cache_slots, positions, why_no_cache
+from headwise.model.decoder import cache_slots, held, positions, why_no_cache
+from headwise.model.finding import longest_sequence
 from headwise.model.forward import to_torch
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY
 
 LOGITS = "logits"
-_PAST, _NEW, _PAST_WINDOW = 4, 3, 5
-"""Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+_PAST, _NEW, _PAST_WINDOW, _SINGLE = 4, 3, 5, 5
+"""Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2.
+The last: how many tokens are read one by one when it is checked."""
 
 
 def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSpec) -> ExportInfo:
@@ -93,8 +95,7 @@ def decoder_to_onnx(
     """
     module: Any = view.module
     layout = view.layout.cache
-    ids = _tokens(ids)
-    inputs = _behind_cached_tokens(view, ids)
+    inputs = _behind_cached_tokens(view, _tokens(ids, _PAST + _NEW))
     try:
         with quiet(), caching(module, True), grouped_heads(), torch.no_grad():
             program = OnnxExporter().export(module, inputs, config=_config(layout, opset)).program
@@ -111,7 +112,7 @@ def decoder_to_onnx(
         outputs={str(value.name): signature(value) for value in program.graph.outputs},
         opset=program.opset_imports[""],
         nodes=dict(sorted(Counter(node.op_type for node in program.graph).items())),
-        parity=check_decoder(view, path, ids, tolerance),
+        parity=check_decoder(view, path, _tokens(ids, _checked_length(view)), tolerance),
     )
 
 
@@ -131,7 +132,9 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
     padding = np.minimum(np.arange(rows), ids.shape[1] - 1)[:, None]
     column = np.arange(ids.shape[1])[None]
     left, right = (column >= padding).astype(np.int64), (column < ids.shape[1] - padding).astype(np.int64)
-    every, several, single = [ids.shape[1]], [_PAST, ids.shape[1] - _PAST], [2, *[1] * (ids.shape[1] - 2)]
+    every, several = [ids.shape[1]], [_PAST, ids.shape[1] - _PAST]
+    first = max(2, ids.shape[1] - _SINGLE)
+    single = [first, *[1] * (ids.shape[1] - first)]
     cases = [
         ("prompt, padded on the left", ids, left, every),
         ("prompt, padded on the right", ids, right, every),
@@ -146,9 +149,10 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
             expected = {LOGITS: _read(reference, tokens, mask, every), **reference.cached()}
             actual = {LOGITS: _read(graph, tokens, mask, steps), **graph.cached()}
             shape = f"{'x'.join(map(str, tokens.shape))} {label}"
+            real = held(view.layout, mask)
             compared = [
-                compare(Case(output=name, shape=shape), _real(array, mask), _real(actual[name], mask), tolerance)
-                for name, array in expected.items()
+                compare(Case(output=name, shape=shape), *(_real(array, real.get(name, mask)) for array in pair), tolerance)
+                for name, pair in ((name, (array, actual[name])) for name, array in expected.items())
             ]
             # Of what is cached, the worst says enough.
             found += [compared[0], max(compared[1:], key=lambda parity: parity.max_abs)]
@@ -172,10 +176,17 @@ def _real(output: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(tokens[mask.astype(bool)]) if tokens.shape[:2] == mask.shape else output
 
 
-def _tokens(ids: NDArray[Any]) -> NDArray[np.int64]:
-    """(2, P + T) tokens of the sample, repeated where its rows are shorter."""
+def _tokens(ids: NDArray[Any], length: int) -> NDArray[np.int64]:
+    """(2, length) tokens of the sample, repeated where its rows are shorter."""
     rows = ids[:2] if len(ids) > 1 else np.repeat(ids, 2, axis=0)
-    return np.ascontiguousarray(rows[:, np.arange(_PAST + _NEW) % rows.shape[1]], dtype=np.int64)
+    return np.ascontiguousarray(rows[:, np.arange(length) % rows.shape[1]], dtype=np.int64)
+
+
+def _checked_length(view: ModelView) -> int:
+    """Tokens that show every way in which a graph is used: more than the caches of heads with a window hold."""
+    tensors = [tensor for tensors in view.layout.cache.layers for tensor in tensors]
+    length = max([_PAST + _NEW, *(tensor.longest + _NEW for tensor in tensors if tensor.longest is not None)])
+    return min(length, longest_sequence(view.module) or length)
 
 
 def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headwise.model.layout import AttentionLayout
+from headwise.model.masks import HIDDEN, boolean, seen_keys
 from headwise.model.membership import membership
 from headwise.model.windows import attend_in_blocks, visible_to_heads
 
@@ -31,8 +32,6 @@ Form = Literal["gathered", "fused"]
 See = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with attention weights, (B, N, T, S), and values, (B, N, S, H), one entry per query head."""
 
-_HIDDEN = -3e4
-"""Score of a key that must not be seen: no weight is left after softmax, and it is a number in float16."""
 _LAYOUT, _SEE, _MEMBERS = "_headwise_layout", "_headwise_see", "_headwise_members"
 _form: ContextVar[Form] = ContextVar("form", default="gathered")
 
@@ -105,8 +104,7 @@ def attend(
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
     if layout is not None and layout.streaming and not explicit:
-        seen = None if attention_mask is None else _seen(attention_mask)[:, 0, -1]
-        return attend_in_blocks(module, layout, (query, key, value), attention_mask, seen, **options), None
+        return attend_in_blocks(module, layout, (query, key, value), attention_mask, **options), None
     if (layout is None or not layout.clustered) and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
@@ -173,7 +171,7 @@ def _selection(
             weights=[scoring.index(head) for head in layout.represented or layout.query],
         )
     if query.shape[2] == key.shape[2]:
-        seen = torch.ones_like(key[:1, 0, :, 0], dtype=torch.bool) if shift is None else shift[:, 0, -1] > _HIDDEN / 2
+        seen = torch.ones_like(key[:1, 0, :, 0], dtype=torch.bool) if shift is None else shift[:, 0, -1] > HIDDEN / 2
         found = membership(query, _take(key, _readers(layout)), seen, layout.online, scale)
         if not torch.compiler.is_compiling():
             # The tokens that follow find a cache of keys, but no more queries of the first tokens.
@@ -212,20 +210,14 @@ def _within_windows(
     layout: AttentionLayout, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, N, T, S), true where a head sees a key: the mask of all heads, and the windows of some."""
-    seen = None if mask is None else _seen(mask)
-    visible = visible_to_heads(layout, None if seen is None else seen[:, 0, -1], query.shape[2], key.shape[2])
-    return visible if seen is None else visible & seen
-
-
-def _seen(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of either kind as a boolean one."""
-    return mask if mask.dtype == torch.bool else mask > _HIDDEN / 2
+    visible = visible_to_heads(layout, seen_keys(mask), query.shape[2], key.shape[2])
+    return visible if mask is None else visible & boolean(mask)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, _HIDDEN)
-    return mask.to(dtype).clamp_min(_HIDDEN)
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, HIDDEN)
+    return mask.to(dtype).clamp_min(HIDDEN)
 
 
 def _readers(layout: AttentionLayout) -> list[int]:

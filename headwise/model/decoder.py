@@ -16,8 +16,10 @@ from transformers.cache_utils import DynamicLayer
 
 from headwise.model.cache import PAST, PRESENT, CacheLayout, CacheTensor
 from headwise.model.forward import input_names
+from headwise.model.layout import Layout
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
+from headwise.model.windows import find_keys
 
 
 def why_no_cache(view: ModelView) -> str:
@@ -104,6 +106,24 @@ def read_cache(layout: CacheLayout, cache: DynamicCache) -> dict[str, torch.Tens
         found |= {
             f"{PRESENT}.{index}.{tensor.name}": value for tensor, value in zip(tensors, values, strict=False)
         }
+    return found
+
+
+def held(layout: Layout, mask: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """What a cache holds of heads with a window: (B, tokens), true where that is a token, by names of ``present()``.
+
+    Args:
+        layout: of the model.
+        mask: (B, S) 1 at tokens and 0 at padding, of everything read so far.
+    """
+    seen = torch.as_tensor(mask).bool()
+    found: dict[str, NDArray[np.bool_]] = {}
+    for index, layer in enumerate(layout.attention):
+        for tensor in layer.cached:
+            if tensor.longest is not None:
+                count = min(tensor.longest, mask.shape[1])
+                valid = find_keys(seen, layer.sink, count, count).valid
+                found[f"{PRESENT}.{index}.{tensor.name}"] = np.asarray(valid.numpy())
     return found
 
 

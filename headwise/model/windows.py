@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headwise.model.layout import AttentionLayout
+from headwise.model.masks import seen_keys
 from headwise.model.window_cache import StreamingLayer
 
 
@@ -84,12 +86,34 @@ def kept(keys: Keys, sink: int, window: int) -> torch.Tensor:
     return torch.where(place < sink, found.clamp(max=length - 1), place + (length - count))
 
 
+class Sight(NamedTuple):
+    """What the queries of a block with a window see of the L keys at hand, and which keys are kept; see above."""
+
+    length: int
+    visible: torch.Tensor
+    kept: torch.Tensor
+
+
+_sights: Any = WeakTensorKeyDictionary()
+"""Mask of all heads -> what follows from it, which is the same in every layer of a model."""
+
+
+def _sight(mask: torch.Tensor | None, block: tuple[int, int], new: int, length: int, past: int) -> Sight:
+    """``block`` is (sink, window); the others as in ``find_keys`` and ``visible``."""
+    known = {} if mask is None else _sights.setdefault(mask, {})
+    name = (*block, bool(past))
+    if name not in known or known[name].length != length:
+        keys = find_keys(seen_keys(mask), block[0], length, past)
+        known[name] = Sight(length, visible(keys, *block, new), kept(keys, *block))
+    found: Sight = known[name]
+    return found
+
+
 def attend_in_blocks(
     module: nn.Module,
     layout: AttentionLayout,
     heads: tuple[torch.Tensor, Any, Any],
     mask: torch.Tensor | None,
-    seen: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
     """Attention of a streaming layer, block by block.
@@ -98,8 +122,7 @@ def attend_in_blocks(
         module: the caller.
         layout: with blocks.
         heads: queries (B, N, T, H), and keys and values (B, K, S, H), or the ``StreamingLayer`` that holds both.
-        mask: of the heads that see all tokens.
-        seen: (B, S), true at the tokens that are no padding; None where none is.
+        mask: (B, 1, T, S) of the heads that see all tokens; None where these see all earlier ones.
         **options: of the attention function.
 
     Returns:
@@ -111,17 +134,14 @@ def attend_in_blocks(
     mixed = []
     for index, (window, count) in enumerate(layout.blocks):
         queries = query[:, at * layout.group : (at + count) * layout.group]
-        if cache is None:
-            keys, values = key[:, at : at + count], value[:, at : at + count]
-        else:
-            keys, values = cache.block(index)
+        keys, values = (key[:, at : at + count], value[:, at : at + count]) if cache is None else cache.block(index)
         block_mask = mask
         if window:
             length = keys.shape[2]
-            known = find_keys(seen, layout.sink, length, 0 if cache is None else length - new)
-            block_mask = visible(known, layout.sink, window, new)
+            sight = _sight(mask, (layout.sink, window), new, length, 0 if cache is None else length - new)
+            block_mask = sight.visible
             if cache is not None:
-                cache.keep(index, kept(known, layout.sink, window))
+                cache.keep(index, sight.kept)
         mixed.append(sdpa_attention_forward(module, queries, keys, values, block_mask, **options)[0])
         at += count
     return torch.cat(mixed, dim=2)
