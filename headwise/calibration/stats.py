@@ -20,6 +20,7 @@ from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
+from headwise.calibration.streaming import Span, WindowSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
@@ -61,6 +62,10 @@ class Stat(StrEnum):
     REPAIRED_COST = "repaired-cost"
     """The same when the output projection is solved anew for it, see ``calibration.exchange``; before that where the
     products of all layers would not fit in memory."""
+
+    WINDOW_COST = "window-cost"
+    """Per layer (K,): mean over tokens of the squared change of the layer output when the readers of a kv head see the
+    first and the last tokens only, as many as ``span`` says."""
 
     NEURON_MEAN = "neuron-mean"
     """Per MLP (F,): mean over tokens of what a neuron gives."""
@@ -132,6 +137,7 @@ def collect(
     draws: int = 4,
     seed: int = 0,
     pairs: Mapping[int, int] | None = None,
+    span: Span | None = None,
     sequence: int | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
@@ -147,6 +153,7 @@ def collect(
         seed: seed of these projections.
         sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
         pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
+        span: what heads see that stream, for ``WINDOW_COST``.
         progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
@@ -156,6 +163,8 @@ def collect(
     units = asked & UNITS
     sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
     sums.cross = CrossSums(pairs or {})
+    if span is not None and Stat.WINDOW_COST in asked:
+        sums.windows = [WindowSums(layer, span) for layer in view.attention]
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
         if progress is not None and not asked & RUNS:
@@ -205,6 +214,7 @@ class _Sums:
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
         self.cross = CrossSums({})
+        self.windows: list[WindowSums] = []
         self.neurons = NeuronSums(view)
         self.features = FeatureMoments(view)
         repaired = Stat.REPAIRED_COST in needs and room(view.attention) <= LARGEST
@@ -234,6 +244,8 @@ class _Sums:
                     stack.enter_context(layer.watch_query_input(add))
                 if self.needs & WEIGHTS:
                     stack.enter_context(self.maps[layer.index].watched(layer, mask))
+                for windows in self.windows[layer.index : layer.index + 1]:
+                    stack.enter_context(windows.watched(layer, mask))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -305,6 +317,8 @@ class _Sums:
                 (maps.cost if maps.exchange is None else maps.exchange.cost(weight)) / maps.tokens
                 for maps, weight in zip(self.maps, self.weights, strict=True)
             )
+        if Stat.WINDOW_COST in self.needs:
+            every[Stat.WINDOW_COST] = tuple(windows.cost / windows.tokens for windows in self.windows)
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)

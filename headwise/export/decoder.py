@@ -151,8 +151,8 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
             shape = f"{'x'.join(map(str, tokens.shape))} {label}"
             real = held(view.layout, mask)
             compared = [
-                compare(Case(output=name, shape=shape), *(_real(array, real.get(name, mask)) for array in pair), tolerance)
-                for name, pair in ((name, (array, actual[name])) for name, array in expected.items())
+                compare(Case(output=name, shape=shape), _real(array, tokens), _real(actual[name], tokens), tolerance)
+                for name, array, tokens in ((name, array, real.get(name, mask)) for name, array in expected.items())
             ]
             # Of what is cached, the worst says enough.
             found += [compared[0], max(compared[1:], key=lambda parity: parity.max_abs)]
@@ -196,9 +196,11 @@ def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, 
     decoder = TorchDecoder(view)
     _read(decoder, ids[:, :_PAST], mask[:, :_PAST], [_PAST])
     arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, _NEW)}
-    for layer in decoder.cache.layers:
+    longest = sorted({t.longest for tensors in view.layout.cache.layers for t in tensors if t.longest is not None})
+    for layer, tensors in zip(decoder.cache.layers, view.layout.cache.layers, strict=True):
         if isinstance(layer, StreamingLayer):
-            layer.widen(_PAST_WINDOW)
+            lengths = [t.longest for t in tensors[::2] if t.longest is not None]
+            layer.resize([_PAST_WINDOW + 4 * longest.index(tokens) for tokens in lengths])
     return {**to_torch(arrays), "past_key_values": decoder.cache}
 
 

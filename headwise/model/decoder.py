@@ -103,9 +103,7 @@ def read_cache(layout: CacheLayout, cache: DynamicCache) -> dict[str, torch.Tens
     for index, tensors in enumerate(layout.layers):
         layer: Any = cache.layers[index]
         values = layer.tensors() if isinstance(layer, StreamingLayer) else (layer.keys, layer.values)
-        found |= {
-            f"{PRESENT}.{index}.{tensor.name}": value for tensor, value in zip(tensors, values, strict=False)
-        }
+        found |= {f"{PRESENT}.{index}.{tensor.name}": value for tensor, value in zip(tensors, values, strict=False)}
     return found
 
 

@@ -252,6 +252,6 @@ class Layout:
 
 
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
-    """Whether all attention layers have the same head counts and widths, and every head its own weights on all tokens."""
+    """Whether all layers have the same head counts and widths, and every head its own weights, on all tokens."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
     return len(shapes) <= 1 and not any(layer.clustered or layer.compressed or layer.streaming for layer in layers)

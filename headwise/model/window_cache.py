@@ -31,7 +31,7 @@ class StreamingLayer(DynamicLayer):
     is_croppable = False
 
     def __init__(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]], *, windowed: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(*blocks[0])
         self.keys, self.values = (None, None) if windowed else blocks[0]
         self.windows = [tensor for block in (blocks if windowed else blocks[1:]) for tensor in block]
@@ -63,9 +63,13 @@ class StreamingLayer(DynamicLayer):
         at = 2 * index - (0 if self.keys is None else 2)
         self.windows[at : at + 2] = [_take(tensor, places) for tensor in self.windows[at : at + 2]]
 
-    def widen(self, tokens: int) -> None:
-        """Give every block with a window zeros in the place of ``tokens`` kept ones: a shape to trace a graph with."""
-        self.windows = [tensor.new_zeros(*tensor.shape[:2], tokens, tensor.shape[3]) for tensor in self.windows]
+    def resize(self, tokens: Sequence[int]) -> None:
+        """Put so many zeros per block with a window in the place of what is kept: a shape to trace a graph with."""
+        sizes = [count for count in tokens for _ in ("key", "value")]
+        self.windows = [
+            tensor.new_zeros(*tensor.shape[:2], count, tensor.shape[3])
+            for tensor, count in zip(self.windows, sizes, strict=True)
+        ]
 
     def get_seq_length(self) -> int:
         """Tokens so far, those that were dropped included."""
@@ -86,11 +90,12 @@ class StreamingLayer(DynamicLayer):
 
     def tensors(self) -> list[torch.Tensor]:
         """Keys and values, in turn, of every block."""
-        return [*([] if self.keys is None else [self.keys, self.values]), *self.windows]
+        full = [] if self.keys is None or self.values is None else [self.keys, self.values]
+        return [*full, *self.windows]
 
     def _put(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put what ``change`` gives in the place of every tensor."""
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
         self.windows = [change(tensor) for tensor in self.windows]
 
@@ -100,4 +105,5 @@ def _take(heads: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     rows, count, length, _ = heads.shape
     starts = torch.arange(rows * count).unflatten(0, (rows, count))[..., None] * length
     chosen = (starts + places[:, None]).flatten()
-    return heads.flatten(0, 2).index_select(0, chosen).unflatten(0, (rows, count, places.shape[1]))
+    taken: torch.Tensor = heads.flatten(0, 2).index_select(0, chosen).unflatten(0, (rows, count, places.shape[1]))
+    return taken

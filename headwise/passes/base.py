@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from headwise.calibration.stats import HeadStats, Stat, collect
+from headwise.calibration.streaming import Span
 from headwise.calibration.tasks import Examples, Task
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
@@ -52,6 +53,15 @@ class Pass(Spec):
         """
         del view
         return {}
+
+    def span(self, view: ModelView) -> Span | None:
+        """What heads see that stream, where ``needs`` asks for a statistic of that.
+
+        Raises:
+            PlanError: no head of the model can stream.
+        """
+        del view
+        return None
 
     @abstractmethod
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
@@ -122,7 +132,7 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
+    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), span=pass_.span(view), **options)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats

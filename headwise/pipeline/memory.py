@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from headwise.errors import DataError
 from headwise.export.precision import Precision
-from headwise.gates.model_cost import kv_bytes_per_token
+from headwise.gates.model_cost import kv_bytes_per_token, kv_bytes_windows
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.folders import is_run, last_pass
 from headwise.pipeline.report import read_report
@@ -60,32 +60,48 @@ def memory_cost(artifact: str, *, memory: int | None, precision: Precision = "fp
         "precision": precision,
         "memory_bytes": memory,
         "batch": batch,
-        "models": {name: _costs(*numbers, memory, _BYTES[precision], batch) for name, numbers in models.items()},
+        "models": {name: _costs(held, memory, _BYTES[precision], batch) for name, held in models.items()},
     }
 
 
-def _costs(parameters: int, cached: int, memory: int | None, width: int, batch: int) -> dict[str, Any]:
-    """Costs of a model with ``cached`` numbers per token in its cache."""
-    weights, token = parameters * width, cached * width
-    context = None if memory is None or not token else max(0, memory - weights) // (batch * token)
-    return {"parameters": parameters, "weight_bytes": weights, "kv_bytes_per_token": token, "context": context}
+class _Held(NamedTuple):
+    """Parameters of a model, and numbers in its cache: for every token, and at most for heads that stream."""
+
+    parameters: int
+    token: int
+    windows: int
 
 
-def _of_checkpoint(source: str) -> tuple[int, int]:
+def _costs(held: _Held, memory: int | None, width: int, batch: int) -> dict[str, Any]:
+    weights, token, windows = held.parameters * width, held.token * width, held.windows * width
+    left = None if memory is None else memory - weights - batch * windows
+    return {
+        "parameters": held.parameters,
+        "weight_bytes": weights,
+        "kv_bytes_per_token": token,
+        "kv_bytes_windows": windows,
+        "context": None if left is None or not token else max(0, left) // (batch * token),
+    }
+
+
+def _of_checkpoint(source: str) -> _Held:
     view = load_checkpoint(source).view()
-    return sum(p.numel() for p in view.module.parameters()), kv_bytes_per_token(view) // 2
+    parameters = sum(p.numel() for p in view.module.parameters())
+    return _Held(parameters, kv_bytes_per_token(view) // 2, kv_bytes_windows(view) // 2)
 
 
-def _of_run(folder: Path) -> dict[str, tuple[int, int]]:
+def _of_run(folder: Path) -> dict[str, _Held]:
     report = read_report(folder)
     before = report["stages"][0]
     return {name: _of_stage(stage) for name, stage in (("before", before), ("after", last_pass(report) or before))}
 
 
-def _of_stage(stage: Stage) -> tuple[int, int]:
+def _of_stage(stage: Stage) -> _Held:
     try:
-        # Reports count a cache in float16.
-        return int(stage["cost"]["parameters"]), int(stage["cost"]["kv_bytes_per_token"]) // 2
+        cost = stage["cost"]
+        # Reports count a cache in float16; those of version 0.1.0 know no windows.
+        windows = int(cost.get("kv_bytes_windows", 0)) // 2
+        return _Held(int(cost["parameters"]), int(cost["kv_bytes_per_token"]) // 2, windows)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
@@ -103,6 +119,9 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
     table.add_row(f"weights ({precision})", *(_readable(model["weight_bytes"]) for model in columns))
     cache = (f"{model['kv_bytes_per_token']:,} B" if model["kv_bytes_per_token"] else "none" for model in columns)
     table.add_row(f"cache per token ({precision})", *cache)
+    if any(model["kv_bytes_windows"] for model in columns):
+        bounded = (_readable(model["kv_bytes_windows"]) for model in columns)
+        table.add_row(f"cache of streaming heads, at most ({precision})", *bounded)
     if found["memory_bytes"] is not None:
         rows = "" if found["batch"] == 1 else f", {found['batch']} texts"
         label = f"tokens in {_readable(found['memory_bytes'])}{rows}"
