@@ -20,6 +20,7 @@ from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
+from headwise.calibration.stream_gates import train_gates
 from headwise.calibration.streaming import Span, WindowSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
@@ -67,6 +68,9 @@ class Stat(StrEnum):
     """Per layer (K,): mean over tokens of the squared change of the layer output when the readers of a kv head see the
     first and the last tokens only, as many as ``span`` says."""
 
+    STREAM_GATES = "stream-gates"
+    """Per layer (K,): how much a kv head needs all tokens, from 0 to 1; see ``calibration.stream_gates``."""
+
     NEURON_MEAN = "neuron-mean"
     """Per MLP (F,): mean over tokens of what a neuron gives."""
 
@@ -105,7 +109,7 @@ MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 LABELLED = frozenset({Stat.LOSS_GRADIENT, Stat.UNIT_FISHER})
-RUNS = UNITS | {Stat.OUTPUT_CURVATURE}
+RUNS = UNITS | {Stat.OUTPUT_CURVATURE, Stat.STREAM_GATES}
 """Statistics that take a run of their own, behind the one for all others."""
 
 
@@ -153,7 +157,7 @@ def collect(
         seed: seed of these projections.
         sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
         pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
-        span: what heads see that stream, for ``WINDOW_COST``.
+        span: what heads see that stream, for ``WINDOW_COST`` and ``STREAM_GATES``.
         progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
@@ -178,6 +182,8 @@ def collect(
             values[stat] = unit_gradients(view, task, examples, means, chosen, **given)
     if Stat.OUTPUT_CURVATURE in asked:
         values[Stat.OUTPUT_CURVATURE] = output_curvature(view, task, examples, seed=seed, **given)
+    if Stat.STREAM_GATES in asked and span is not None and span.training is not None:
+        values[Stat.STREAM_GATES] = train_gates(view, task, examples, span, span.training, **given)
     if Stat.MACS in asked:
         work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
         values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))

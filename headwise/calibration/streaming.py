@@ -16,11 +16,32 @@ from headwise.model.windows import find_keys, visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateTraining:
+    """How gates on kv heads are found, see ``calibration.stream_gates``.
+
+    Attributes:
+        steps: of AdamW, one batch each.
+        penalty: weight of the mean gate beside the relative squared difference of the final hidden states.
+        rate: learning rate.
+    """
+
+    steps: int
+    penalty: float
+    rate: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """What a streaming head sees: the first ``sink`` tokens of a text and the last ``recent``, its own included."""
+    """What a streaming head sees: the first ``sink`` tokens of a text and the last ``recent``, its own included.
+
+    Attributes:
+        sink, recent: see above.
+        training: how gates are found; None where nobody asks for them.
+    """
 
     sink: int
     recent: int
+    training: GateTraining | None = None
 
 
 class WindowSums:

@@ -10,7 +10,7 @@ K kv heads, J of which have keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,7 @@ See = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with attention weights, (B, N, T, S), and values, (B, N, S, H), one entry per query head."""
 
 _LAYOUT, _SEE, _MEMBERS = "_headwise_layout", "_headwise_see", "_headwise_members"
+_INSTEAD = "_headwise_instead"
 _form: ContextVar[Form] = ContextVar("form", default="gathered")
 
 
@@ -62,18 +63,27 @@ def bound(caller: nn.Module) -> AttentionLayout | None:
     return getattr(caller, _LAYOUT, None)
 
 
-@contextmanager
-def watch(caller: nn.Module, see: See) -> Iterator[None]:
+def watch(caller: nn.Module, see: See) -> AbstractContextManager[None]:
     """Call ``see`` on every forward of ``caller`` while the block runs."""
+    return _told(caller, _SEE, see)
+
+
+def replaced(caller: nn.Module, function: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
+    """Let ``function``, which takes what ``attend`` takes and gives (B, T, N, H), attend for ``caller``."""
+    return _told(caller, _INSTEAD, function)
+
+
+@contextmanager
+def _told(caller: nn.Module, name: str, value: object) -> Iterator[None]:
     config = getattr(caller, "config", None)
     previous = None if config is None else config._attn_implementation
-    setattr(caller, _SEE, see)
+    setattr(caller, name, value)
     if config is not None:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        delattr(caller, _SEE)
+        delattr(caller, name)
         if config is not None:
             config._attn_implementation = previous
 
@@ -100,6 +110,9 @@ def attend(
     Returns:
         (B, T, N, H), and weights (B, N, T, S) or None.
     """
+    instead = getattr(module, _INSTEAD, None)
+    if instead is not None:
+        return instead(module, query, key, value, attention_mask, **options), None
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)

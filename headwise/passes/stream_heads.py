@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from headwise.calibration.stats import HeadStats, Stat
-from headwise.calibration.streaming import Span
+from headwise.calibration.streaming import GateTraining, Span
 from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.limits import why_not_streaming
@@ -20,6 +20,8 @@ from headwise.passes.recovery import Recovery
 
 Head = tuple[int, int]
 """Index of a layer, and original id of one of its kv heads."""
+Score = list[float]
+"""What ranks a head, and what ranks it among heads that are equal in that."""
 
 
 class StreamHeadsPass(Pass):
@@ -38,9 +40,14 @@ class StreamHeadsPass(Pass):
     recent: int | tuple[int, ...] = 256
     """Last tokens that a streaming head sees, its query's own included. Several numbers: equal parts of the streaming
     heads get one each, heads with lower scores smaller ones."""
-    score: Literal["statistic", "random"] = "statistic"
+    score: Literal["statistic", "gates", "random"] = "statistic"
     """How much a kv head needs all tokens: ``statistic``, how much the layer output changes on calibration text when
-    its readers stream; ``random``."""
+    its readers stream; ``gates`` between full and streaming attention, trained on calibration text with the model
+    frozen (equal gates go by the statistic); ``random``."""
+    steps: int = Field(default=100, ge=1)
+    """Training steps of the gates, one batch each."""
+    penalty: float = Field(default=0.05, gt=0)
+    """Pull of the gates towards streaming, beside the relative squared change of the final hidden states."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
     ridge: float = Field(default=0.1, gt=0)
@@ -67,11 +74,13 @@ class StreamHeadsPass(Pass):
         return self.score != "random" and (self.heads is None or len(self._windows) > 1)
 
     def needs(self) -> frozenset[Stat]:
-        return frozenset({Stat.WINDOW_COST}) if self._scored else frozenset()
+        wanted = {Stat.WINDOW_COST: self._scored, Stat.STREAM_GATES: self._scored and self.score == "gates"}
+        return frozenset(stat for stat, needed in wanted.items() if needed)
 
     def span(self, view: ModelView) -> Span:
         _refuse_fixed(view)
-        return Span(sink=self.sink, recent=self._windows[0])
+        training = GateTraining(steps=self.steps, penalty=self.penalty) if self.score == "gates" else None
+        return Span(sink=self.sink, recent=self._windows[0], training=training)
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
@@ -91,26 +100,27 @@ class StreamHeadsPass(Pass):
         notes = {layer.index: self._note(layer.index, scores) for layer in view.attention} if self._scored else {}
         return EditPlan(edits=tuple(edits), notes=notes)
 
-    def _scores(self, view: ModelView, stats: HeadStats) -> dict[Head, float]:
-        """How much every kv head needs all tokens."""
+    def _scores(self, view: ModelView, stats: HeadStats) -> dict[Head, Score]:
+        """How much every kv head needs all tokens; where that is the same, the second number decides."""
         if not self._scored:
             generator = torch.Generator().manual_seed(self.seed)
-            found = [importance.random(len(layer.layout.kv), generator) for layer in view.attention]
+            costs = first = [importance.random(len(layer.layout.kv), generator) for layer in view.attention]
         else:
-            found = list(stats[Stat.WINDOW_COST])
-            if not any(bool(layer.any()) for layer in found):
+            costs = list(stats[Stat.WINDOW_COST])
+            first = list(stats[Stat.STREAM_GATES]) if self.score == "gates" else costs
+            if not any(bool(layer.any()) for layer in costs):
                 raise PlanError(
                     "no head loses anything by a window on the calibration data",
                     expected=f"samples with more than sink + recent = {self.sink + self._windows[0]} tokens",
                     fix="give longer texts, raise task.max_length, or lower sink and recent",
                 )
         return {
-            (layer.index, head): value
-            for layer, values in zip(view.attention, found, strict=True)
-            for head, value in zip(layer.layout.kv, values.tolist(), strict=True)
+            (layer.index, head): pair
+            for layer, *values in zip(view.attention, first, costs, strict=True)
+            for head, *pair in zip(layer.layout.kv, *(tensor.tolist() for tensor in values), strict=True)
         }
 
-    def _lowest(self, scores: dict[Head, float], ratio: float) -> list[Head]:
+    def _lowest(self, scores: dict[Head, Score], ratio: float) -> list[Head]:
         """The heads below the quantile that ``ratio`` is."""
         count = round(ratio * len(scores))
         if not 0 < count < len(scores):
@@ -141,8 +151,8 @@ class StreamHeadsPass(Pass):
             )
         return chosen
 
-    def _note(self, layer: int, scores: dict[Head, float]) -> str:
-        listed = ", ".join(f"{head}: {value:.3g}" for (own, head), value in scores.items() if own == layer)
+    def _note(self, layer: int, scores: dict[Head, Score]) -> str:
+        listed = ", ".join(f"{head}: {value[0]:.3g}" for (own, head), value in scores.items() if own == layer)
         return f"{self.score} of kv heads {listed}"
 
 
