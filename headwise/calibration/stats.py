@@ -16,6 +16,7 @@ import torch
 
 from headwise.calibration.cross import CrossSums
 from headwise.calibration.exchange import LARGEST, room
+from headwise.calibration.faults import did_not_run, refuse_broken
 from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
@@ -187,19 +188,8 @@ def collect(
     if Stat.MACS in asked:
         work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
         values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
-    return _checked(HeadStats(values=values, samples=len(examples), digest=examples.digest))
-
-
-def _checked(stats: HeadStats) -> HeadStats:
-    for stat, tensors in stats.values.items():
-        for index, tensor in enumerate(tensors):
-            if not torch.isfinite(tensor).all():
-                raise DataError(
-                    f"the statistic {stat} of layer {index} is not finite",
-                    expected="finite head outputs and neurons on every calibration sample",
-                    fix="look for broken samples in the calibration data, or for a model that overflows",
-                )
-    return stats
+    refuse_broken(values)
+    return HeadStats(values=values, samples=len(examples), digest=examples.digest)
 
 
 class _Sums:
@@ -331,15 +321,6 @@ class _Sums:
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         return every
-
-
-def did_not_run(layer: AttentionView | MlpView) -> DataError:
-    """The error for a layer that no sample reached."""
-    return DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="a layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
 
 
 def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,18 @@ from headwise.model.cache import CacheLayout
 from headwise.model.decoder import cache_slots, held, positions, why_no_cache
 from headwise.model.finding import longest_sequence
 from headwise.model.forward import to_torch
+from headwise.model.latent_attention import LatentAttention, latent_form
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY
 
 LOGITS = "logits"
-_PAST, _NEW, _PAST_WINDOW, _SINGLE = 4, 3, 5, 5
-"""Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2.
-The last: how many tokens are read one by one when it is checked."""
+DECODE = "decode.onnx"
+"""The graph for calls of one token per row, beside that which reads prompts."""
+_PAST, _NEW, _PAST_WINDOW = 4, 3, 5
+"""Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+_SINGLE = 5
+"""How many tokens are read one by one when a graph is checked."""
 
 
 def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSpec) -> ExportInfo:
@@ -45,6 +50,37 @@ def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSp
     if caches(view, batch, spec.cache):
         return decoder_to_onnx(view, batch[IDS], path, opset=spec.opset)
     return to_onnx(view.module, batch, path, dynamic=examples.dynamic_axes(), opset=spec.opset)
+
+
+def export_decode(view: ModelView, examples: Examples, prompts: Path, spec: ExportSpec) -> ExportInfo | None:
+    """Export the graph for calls of one token per row, and check that it goes on where the other one has read.
+
+    Its latent attention is absorbed: attention reads the latents of all tokens as they are, where the graph that reads
+    prompts computes keys and values of all heads from them in every call.
+
+    Args:
+        view: the model.
+        examples: samples of the task.
+        prompts: the graph that reads prompts; the new one lies beside it, as ``DECODE``.
+        spec: the recipe's options.
+
+    Returns:
+        None where the recipe wants none, and where there is nothing to absorb.
+
+    Raises:
+        ExportError: see ``decoder_to_onnx``.
+    """
+    ids = examples.example_batch().get(IDS)
+    latents = [layer.module for layer in view.attention if isinstance(layer.module, LatentAttention)]
+    absorbs = any(layer.absorbs for layer in latents)
+    if spec.decode == "same" or not absorbs or ids is None or not caches(view, examples.example_batch(), spec.cache):
+        return None
+    path = prompts.with_name(DECODE)
+    with latent_form("absorbed"):
+        info = decoder_to_onnx(view, ids, path, opset=spec.opset)
+    return replace(
+        info, parity=(*info.parity, *check_decoder(view, prompts, _tokens(ids, _checked_length(view)), decode=path))
+    )
 
 
 def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["auto"] | bool) -> bool:
@@ -116,12 +152,20 @@ def decoder_to_onnx(
     )
 
 
-def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: float = ONNX_PARITY) -> tuple[Parity, ...]:
+def check_decoder(
+    view: ModelView,
+    path: Path,
+    ids: NDArray[Any],
+    tolerance: float = ONNX_PARITY,
+    *,
+    decode: Path | None = None,
+) -> tuple[Parity, ...]:
     """Compare a graph on ONNX Runtime with its module that reads all tokens at once, without a cache.
 
     Args:
         view: the model that was exported.
         path: the graph.
+        decode: the graph that takes calls of one token, where there is one; then only these are compared.
         ids: (B, S) tokens; rows but the first are padded on the left, then on the right.
         tolerance: largest absolute difference, relative to the largest output where that is above 1.
 
@@ -142,8 +186,10 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
         ("token by token", ids, left, single),
         ("token by token, one row", ids[:1], left[:1], single),
     ]
+    if decode is not None:
+        cases = [(f"{label}, by two graphs", *case) for label, *case in cases[3:]]
     found = []
-    with OrtDecoder(path) as graph:
+    with OrtDecoder(path, decode=decode) as graph:
         for label, tokens, mask, steps in cases:
             reference = TorchDecoder(view)
             expected = {LOGITS: _read(reference, tokens, mask, every), **reference.cached()}
@@ -151,8 +197,8 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
             shape = f"{'x'.join(map(str, tokens.shape))} {label}"
             real = held(view.layout, mask)
             compared = [
-                compare(Case(output=name, shape=shape), _real(array, tokens), _real(actual[name], tokens), tolerance)
-                for name, array, tokens in ((name, array, real.get(name, mask)) for name, array in expected.items())
+                compare(Case(output=name, shape=shape), _real(array, known), _real(actual[name], known), tolerance)
+                for name, array, known in ((name, array, real.get(name, mask)) for name, array in expected.items())
             ]
             # Of what is cached, the worst says enough.
             found += [compared[0], max(compared[1:], key=lambda parity: parity.max_abs)]

@@ -11,9 +11,10 @@ from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, mod
 
 from headwise.calibration.data import DataSpec
 from headwise.calibration.tasks import FidelityOptions, TaskSpec
+from headwise.device.runtimes import ORT
 from headwise.errors import RecipeError, did_you_mean
 from headwise.export.precision import ExportSpec
-from headwise.export.targets import CPU, ORT, resolve_target
+from headwise.export.targets import CPU, resolve_target
 from headwise.gates.judge import GateSpec
 from headwise.passes import STEPS
 from headwise.passes.base import Pass
