@@ -15,6 +15,9 @@ from pydantic import ValidationError
 from test_decoder import llama
 from test_passes import samples
 
+from headwise.calibration.stats import HeadStats, Stat
+from headwise.calibration.stream_gates import train_gates
+from headwise.calibration.streaming import GateTraining, Span
 from headwise.errors import ExportError, PlanError
 from headwise.export.decoder import check_decoder, decoder_to_onnx
 from headwise.export.generate import generate
@@ -341,3 +344,47 @@ def test_a_layout_names_what_it_caches_by_window() -> None:
     ]
     assert layout.cached[2] == CacheTensor(name="window8_key", shape=(1, 4), longest=9)
     assert layout.kv_width == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- the gates
+
+
+def test_gates_keep_a_head_that_reads_far_back_and_are_the_same_every_time() -> None:
+    view = ModelView.of(make_model("llama"))
+    task, examples = samples(view, "llama")
+    seen: list[int] = []
+    span = Span(sink=1, recent=2, training=GateTraining(steps=12, penalty=0.01, rate=0.2))
+    group = view.layout.attention[1].group
+    view.attention[1].read().output[:, :group] = 0.0  # kv head 0 of layer 1 has no say
+    before = [parameter.clone() for parameter in view.module.parameters()]
+    gates = [
+        train_gates(view, task, examples, span, span.training, batch_size=8, progress=seen.append)
+        for _ in range(2)
+        if span.training is not None
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*gates, strict=True))
+    assert sum(seen) == 2 * len(examples)
+    assert float(gates[0][1][0]) == min(float(gate.min()) for gate in gates[0]) < 0.2
+    assert max(float(gate.max()) for gate in gates[0]) > 0.5
+    assert all(torch.equal(one, other) for one, other in zip(before, view.module.parameters(), strict=True))
+
+
+def test_heads_with_the_lowest_gates_stream_and_the_statistic_decides_among_equals() -> None:
+    pass_ = StreamHeadsPass(ratio=0.5, sink=1, recent=2, score="gates", steps=3)
+    view = ModelView.of(make_model("llama"))
+    gates = tuple(torch.tensor(values) for values in ([0.3, 0.9], [0.0, 0.0], [0.0, 1.0]))
+    costs = tuple(torch.tensor(values) for values in ([1.0, 1.0], [5.0, 4.0], [6.0, 1.0]))
+    stats = HeadStats(values={Stat.STREAM_GATES: gates, Stat.WINDOW_COST: costs}, samples=1, digest="")
+    assert streaming(pass_.plan(view, stats)) == {(1, 1), (1, 0), (2, 0)}
+    assert streaming(pass_.model_copy(update={"ratio": 1 / 6}).plan(view, stats)) == {(1, 1)}
+    plan = stream(score="gates", ratio=0.5, steps=3)
+    assert plan.notes[0].startswith("gates of kv heads 0: ")
+
+
+def test_models_without_output_embeddings_are_compared_by_the_signal_of_their_task() -> None:
+    view = ModelView.of(make_model("llama"))
+    task, examples = samples(view, "llama")
+    view.module.get_output_embeddings = lambda: None  # type: ignore[method-assign]
+    training = GateTraining(steps=2, penalty=0.05)
+    found = train_gates(view, task, examples, Span(sink=1, recent=2), training, batch_size=8)
+    assert [len(gate) for gate in found] == [KV_HEADS] * LAYERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,8 +12,8 @@ from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView
 
 
-def refuse_broken(values: Mapping[str, tuple[torch.Tensor, ...]]) -> None:
-    """Raise DataError where a statistic, by its name, is no finite number."""
+def refuse_broken(values: Mapping[Any, tuple[torch.Tensor, ...]]) -> None:
+    """Raise DataError where a statistic, by its name, is not finite."""
     for stat, tensors in values.items():
         for index, tensor in enumerate(tensors):
             if not torch.isfinite(tensor).all():

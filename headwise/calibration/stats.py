@@ -27,9 +27,7 @@ from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
-from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
-from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 Progress = Callable[[int], None]
