@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import KV_HEADS, LAYERS, largest_difference, make_model
 from pydantic import ValidationError
+from rich.console import Console
 from test_decoder import llama
 from test_passes import samples
 
@@ -37,6 +39,7 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan, run_pass
 from headwise.passes.stream_heads import StreamHeadsPass
+from headwise.pipeline.memory import memory_cost, memory_table
 from headwise.tolerances import TWIN
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "gpt2", "opt", "gpt-neox"]
@@ -260,6 +263,21 @@ def test_what_the_cache_holds_is_counted_in_two_parts() -> None:
     assert kv_bytes_per_token(view) == kv_bytes_per_token(teacher) // 2
     assert kv_bytes_windows(view) == kv_bytes_per_token(teacher) // 2 * (1 + 2)
     assert kv_bytes_windows(teacher) == 0
+
+
+def test_memory_counts_what_grows_and_what_does_not(tmp_path: Path) -> None:
+    view = ModelView.of(make_model("llama"))
+    surgery.apply(view, plan_of(view, 3))
+    save_checkpoint(Checkpoint(module=view.module, source="x", kind="transformers", digest=""), view, tmp_path)
+    found = memory_cost(str(tmp_path), memory=1 << 20, batch=3)
+    model = found["models"]["model"]
+    assert model["kv_bytes_per_token"] == kv_bytes_per_token(view)
+    assert model["kv_bytes_windows"] == kv_bytes_windows(view) == (1 + 2 + 1) * 2 * 6 * (SINK + 3) * 2
+    used = model["weight_bytes"] + 3 * (model["kv_bytes_windows"] + model["context"] * model["kv_bytes_per_token"])
+    assert used <= 1 << 20 < used + 3 * model["kv_bytes_per_token"]
+    console = Console(width=120, file=io.StringIO())
+    console.print(memory_table(found))
+    assert "cache of streaming heads, at most (fp16)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
