@@ -64,7 +64,8 @@ def find_keys(seen: torch.Tensor | None, sink: int, length: int, past: int) -> K
 
 
 def _first(seen: torch.Tensor) -> torch.Tensor:
-    return seen.to(torch.float32).argmax(-1, keepdim=True)
+    # Whole numbers, which half precision leaves as they are.
+    return seen.to(torch.int32).argmax(-1, keepdim=True)
 
 
 def visible(keys: Keys, sink: int, window: int, new: int) -> torch.Tensor:
