@@ -30,7 +30,8 @@ from headwise.model.cache import CacheLayout
 from headwise.model.decoder import cache_slots, held, positions, why_no_cache
 from headwise.model.finding import longest_sequence
 from headwise.model.forward import to_torch
-from headwise.model.latent_attention import LatentAttention, latent_form
+from headwise.model.latent_attention import LatentAttention
+from headwise.model.latent_form import latent_form
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY

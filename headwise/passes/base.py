@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.streaming import Span
 from headwise.calibration.tasks import Examples, Task
+from headwise.calibration.timing import LatencyTable
 from headwise.errors import PlanError, SurgeryError
 from headwise.model import surgery
 from headwise.model.edits import EditPlan
@@ -44,6 +45,11 @@ class Pass(Spec):
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether ``plan`` also reads ``stats.latency``."""
+        return False
 
     def pairs(self, view: ModelView) -> Mapping[int, int]:
         """Layer -> the earlier layer that it is compared with, where ``needs`` asks for ``CROSS_MOMENT``.
@@ -124,6 +130,7 @@ def make_plan(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
@@ -132,7 +139,8 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), span=pass_.span(view), **options)
+    collected = collect(view, task, examples, needs, pairs=pass_.pairs(view), span=pass_.span(view), **options)
+    stats = replace(collected, latency=latency)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -159,6 +167,7 @@ def run_pass(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> PassRecord:
     """Apply a pass to ``view`` in place.
@@ -172,6 +181,7 @@ def run_pass(
         seed: seed of every random draw.
         batch_size: calibration samples per batch.
         sequence: tokens of the sample that multiply-accumulates are counted for; None: 128, or what the model can take.
+        latency: of the model's layers, for a pass that is ``timed``.
         progress: see ``Progress``.
 
     Raises:
@@ -181,7 +191,7 @@ def run_pass(
     start = time.perf_counter()
     before = view.layout
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    plan, stats = make_plan(pass_, view, task, examples, seed=seed, sequence=sequence, **shared)
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, sequence=sequence, latency=latency, **shared)
     batch = examples.example_batch()
     inputs = to_torch(batch)
     payloads = pass_.payloads(view, stats, plan)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,7 +15,7 @@ from headwise.errors import DataError
 from headwise.export.precision import Precision
 from headwise.gates.model_cost import kv_bytes_per_token, kv_bytes_windows
 from headwise.model.checkpoint import load_checkpoint
-from headwise.pipeline.folders import is_run, last_pass
+from headwise.pipeline.folders import is_run, last_pass, stage_with_cache
 from headwise.pipeline.report import read_report
 from headwise.pipeline.summary import Stage
 
@@ -47,7 +48,7 @@ def memory_cost(artifact: str, *, memory: int | None, precision: Precision = "fp
     Args:
         artifact: a checkpoint, or the folder of a run, whose report is enough.
         memory: bytes that weights and cache may take together; None asks for no context.
-        precision: of weights and cache.
+        precision: of weights and cache; a cache of codes, which the graph of a run may have, is counted as it is.
         batch: texts that are in memory together.
 
     Raises:
@@ -60,48 +61,64 @@ def memory_cost(artifact: str, *, memory: int | None, precision: Precision = "fp
         "precision": precision,
         "memory_bytes": memory,
         "batch": batch,
-        "models": {name: _costs(held, memory, _BYTES[precision], batch) for name, held in models.items()},
+        "models": {name: _costs(sizes, memory, _BYTES[precision], batch) for name, sizes in models.items()},
     }
 
 
-class _Held(NamedTuple):
-    """Parameters of a model, and numbers in its cache: for every token, and at most for heads that stream."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What a model holds.
+
+    Attributes:
+        parameters: numbers in its weights.
+        cached: numbers in its cache for one token, without heads that stream.
+        windows: numbers in its cache of heads that stream, at most.
+        codes: formats of the cache where it holds codes, and bytes of one token in it.
+    """
 
     parameters: int
-    token: int
-    windows: int
+    cached: int
+    windows: int = 0
+    codes: tuple[str, int] | None = None
 
 
-def _costs(held: _Held, memory: int | None, width: int, batch: int) -> dict[str, Any]:
-    weights, token, windows = held.parameters * width, held.token * width, held.windows * width
-    left = None if memory is None else memory - weights - batch * windows
+def _costs(sizes: _Sizes, memory: int | None, width: int, batch: int) -> dict[str, Any]:
+    weights = sizes.parameters * width
+    kind, token = sizes.codes or (None, sizes.cached * width)
+    windows = sizes.windows * width
+    left = None if memory is None else max(0, memory - weights - batch * windows)
     return {
-        "parameters": held.parameters,
+        "parameters": sizes.parameters,
         "weight_bytes": weights,
         "kv_bytes_per_token": token,
         "kv_bytes_windows": windows,
-        "context": None if left is None or not token else max(0, left) // (batch * token),
+        "kv_format": kind,
+        "context": None if left is None or not token else left // (batch * token),
     }
 
 
-def _of_checkpoint(source: str) -> _Held:
+def _of_checkpoint(source: str) -> _Sizes:
     view = load_checkpoint(source).view()
     parameters = sum(p.numel() for p in view.module.parameters())
-    return _Held(parameters, kv_bytes_per_token(view) // 2, kv_bytes_windows(view) // 2)
+    return _Sizes(parameters=parameters, cached=kv_bytes_per_token(view) // 2, windows=kv_bytes_windows(view) // 2)
 
 
-def _of_run(folder: Path) -> dict[str, _Held]:
+def _of_run(folder: Path) -> dict[str, _Sizes]:
     report = read_report(folder)
     before = report["stages"][0]
-    return {name: _of_stage(stage) for name, stage in (("before", before), ("after", last_pass(report) or before))}
+    after, quantized = _of_stage(last_pass(report) or before), stage_with_cache(report)
+    if quantized is not None:
+        codes = str(quantized["record"]["kv"]["format"]), int(quantized["cost"]["kv_bytes_per_token"])
+        after = replace(after, codes=codes)
+    return {"before": _of_stage(before), "after": after}
 
 
-def _of_stage(stage: Stage) -> _Held:
+def _of_stage(stage: Stage) -> _Sizes:
+    cost = stage["cost"]
     try:
-        cost = stage["cost"]
-        # Reports count a cache in float16; those of version 0.1.0 know no windows.
-        windows = int(cost.get("kv_bytes_windows", 0)) // 2
-        return _Held(int(cost["parameters"]), int(cost["kv_bytes_per_token"]) // 2, windows)
+        # Reports count a cache of numbers in float16; those of version 0.1.0 know no windows.
+        cached, windows = int(cost["kv_bytes_per_token"]) // 2, int(cost.get("kv_bytes_windows", 0)) // 2
+        return _Sizes(parameters=int(cost["parameters"]), cached=cached, windows=windows)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
@@ -117,8 +134,7 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
     columns = list(models.values())
     table.add_row("parameters", *(f"{model['parameters']:,}" for model in columns))
     table.add_row(f"weights ({precision})", *(_readable(model["weight_bytes"]) for model in columns))
-    cache = (f"{model['kv_bytes_per_token']:,} B" if model["kv_bytes_per_token"] else "none" for model in columns)
-    table.add_row(f"cache per token ({precision})", *cache)
+    table.add_row(f"cache per token ({precision})", *map(_cache, columns))
     if any(model["kv_bytes_windows"] for model in columns):
         bounded = (_readable(model["kv_bytes_windows"]) for model in columns)
         table.add_row(f"cache of streaming heads, at most ({precision})", *bounded)
@@ -128,6 +144,12 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
         table.add_row(label, *("none" if m["context"] is None else f"{m['context']:,}" for m in columns))
     note = "Activations and the workspace of a runtime come on top. A model may take fewer tokens than fit."
     return Group(Text(found["artifact"], style="bold"), table, Text(note))
+
+
+def _cache(model: dict[str, Any]) -> str:
+    if not model["kv_bytes_per_token"]:
+        return "none"
+    return f"{model['kv_bytes_per_token']:,} B" + (f" ({model['kv_format']})" if model["kv_format"] else "")
 
 
 def _readable(size: int) -> str:
