@@ -105,6 +105,13 @@ def variants() -> list[Row]:
     return rows
 
 
+def several_windows() -> list[Row]:
+    """One head that sees all, and a short and a long window for the others, with as many bytes as a setting above."""
+    same = {"ratio": 0.95, "sink": 4, "recent": [28, 204]}
+    scores: list[Row] = [{"score": "statistic"}, {"score": "random", "seed": 0}]
+    return [{"variant": "stream", "split": "test", "options": {**same, **score}} for score in scores]
+
+
 def measured(data: Data, row: Row) -> Row:
     """A row with its loss, and what its cache holds."""
     checkpoint = data.checkpoint.copy()
@@ -174,7 +181,7 @@ def main(out: Path, model: str, text: str, limit: int | None, threads: int) -> N
     facts = {"checkpoint": data.checkpoint.digest, "windows": len(data.windows)}
     results = Results(title="Heads that stream", writers={"stories": markdown})
     rows = results.rows(out, "stories", facts)
-    for done, row in enumerate([*variants(), {"variant": "graph"}][len(rows) :]):
+    for done, row in enumerate([*variants(), {"variant": "graph"}, *several_windows()][len(rows) :]):
         if done == limit:
             break
         rows.append(written(data) if row["variant"] == "graph" else measured(data, row))
@@ -225,7 +232,9 @@ def _test(row: Row) -> tuple[str, ...]:
         return ("all have one window", f"{row['sink']} + {row['recent']}", "", *numbers)
     options = row["options"]
     which = f"random, seed {options['seed']}" if options["score"] == "random" else options["score"]
-    return (f"{options['ratio']:.0%} stream", f"{options['sink']} + {options['recent']}", which, *numbers)
+    recent = options["recent"]
+    tokens = " or ".join(f"{options['sink']} + {one}" for one in ([recent] if isinstance(recent, int) else recent))
+    return (f"{options['ratio']:.0%} stream", tokens, which, *numbers)
 
 
 if __name__ == "__main__":
