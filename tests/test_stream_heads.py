@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -23,9 +24,11 @@ from headwise.calibration.streaming import GateTraining, Span
 from headwise.errors import ExportError, PlanError
 from headwise.export.decoder import check_decoder, decoder_to_onnx
 from headwise.export.generate import generate
-from headwise.export.precision import ExportSpec
-from headwise.export.profiles import decode_profiles, profiles_for
+from headwise.export.precision import ExportSpec, convert_precision
+from headwise.export.profiles import decode_profiles, engine_shapes, profiles_for
 from headwise.export.stepping import OrtDecoder, TorchDecoder
+from headwise.export.targets import resolve_target
+from headwise.export.tensorrt import build_engine
 from headwise.gates.model_cost import kv_bytes_per_token, kv_bytes_windows
 from headwise.model import surgery
 from headwise.model.cache import CacheTensor
@@ -220,6 +223,25 @@ def test_profiles_bound_what_windows_hold(exported: tuple[ModelView, Path]) -> N
     single = decode_profiles(path, first)
     assert [shape[2] for shape in single["past_key_values.1.window5_key"].values()] == [0, SINK + 5, SINK + 5]
     assert single["past_key_values.2.key"]["opt"][2] == 50
+
+
+def test_half_precision_keeps_the_text_and_engines_fuse_blocks(
+    exported: tuple[ModelView, Path], tmp_path: Path
+) -> None:
+    _, path = exported
+    half = tmp_path / "half.onnx"
+    convert_precision(path, half, "fp16")
+    with OrtDecoder(half, threads=1) as graph, OrtDecoder(path, threads=1) as full:
+        prompts = [[5, 9, 7], [8, 8, 30, 31, 32, 33, 4]]
+        found, expected = (generate(decoder, prompts, new_tokens=6) for decoder in (graph, full))
+    assert found == expected
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt_rtx is not installed: no engine can be built")
+    shapes = engine_shapes(half, ExportSpec(context=100), {"sequence": 256})
+    info = build_engine(half, tmp_path / "e", resolve_target("sm86"), **shapes)
+    assert info.listing is not None
+    # Of six blocks three have more than one query head; prompts and single tokens have kernels of their own.
+    assert info.listing.fused_attention == 2 * 3
 
 
 # ------------------------------------------------------------------------------------------------------------ the pass
