@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -78,3 +79,25 @@ def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None
     assert '"confidence": 0.9' in (folder / "baseline.json").read_text()
     used = set(re.findall(r"inputs\.(\w+)", (ROOT / "action.yml").read_text()))
     assert used == set(action["inputs"])
+
+
+def test_deploy_and_verify_a_bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # The run is there already, so that the first command finds its stages.
+    shutil.copytree(copied("plain", tmp_path_factory.getbasetemp(), folder / "again") / "out", folder / "out")
+    make, verify, selftest, record, triton = blocks("deploy.md")
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = run(make, folder)
+    assert done.returncode == 0, done.stderr
+    assert 'PASS     golden    output "parity"' in done.stdout
+    done = run(verify, folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "bundle" / "verified.json").read_text())["exit_code"] == 0
+    for script in (selftest, record):
+        done = run(script, folder / "bundle", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stderr
+        assert "every byte as recorded" in done.stdout
+    done = run(triton, folder)
+    assert done.returncode == 0, done.stderr
+    assert "config.pbtxt" in done.stdout

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from headwise.cli.bundle import bundle
 from headwise.cli.common import (
     CHECKPOINT_HELP,
     EXIT_CODES,
@@ -20,7 +21,9 @@ from headwise.cli.common import (
     show,
     show_or_dump,
 )
+from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
+from headwise.device.cli import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -220,8 +223,12 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(bundle)
+main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
+main.add_command(to_hf)
+main.add_command(verify)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:

@@ -78,11 +78,11 @@ class Store:
         return path
 
     def _full(self, key: Mapping[str, Any]) -> dict[str, Any]:
-        return {**key, "headwise": f"{installed_version('headwise')} {_source_digest()[:12]}"}
+        return {**key, "headwise": f"{installed_version('headwise')} {source_digest()[:12]}"}
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of headwise's own code: between two releases the version alone says nothing about it."""
     package = Path(__file__).parents[1]
     return digest_json({path.relative_to(package).as_posix(): digest_file(path) for path in package.rglob("*.py")})
