@@ -117,8 +117,8 @@ def _of_stage(stage: Stage) -> _Sizes:
     cost = stage["cost"]
     try:
         # Reports count a cache of numbers in float16; those of version 0.1.0 know no windows.
-        cached, windows = int(cost["kv_bytes_per_token"]) // 2, int(cost.get("kv_bytes_windows", 0)) // 2
-        return _Sizes(parameters=int(cost["parameters"]), cached=cached, windows=windows)
+        parameters, cached = int(cost["parameters"]), int(cost["kv_bytes_per_token"]) // 2
+        return _Sizes(parameters=parameters, cached=cached, windows=int(cost.get("kv_bytes_windows", 0)) // 2)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
