@@ -37,7 +37,9 @@ from headwise.model.mlp import MlpView
 from headwise.model.projections import Projections
 from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
+from headwise.model.surgery_windows import in_place, stream_heads
 from headwise.model.view import AttentionView, ModelView
+from headwise.model.window_edits import StreamHeads
 from headwise.model.writing import write, write_output, written
 
 Payloads = Mapping[int, SharedKV | LatentWeights | RotaryLatent | LentHeads]
@@ -74,6 +76,8 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 cluster_heads(layer, edit)
             case ClusterOnline():
                 write(layer, layer.read(), edit.apply(layer.layout))
+            case StreamHeads():
+                stream_heads(layer, edit)
     _require_landed(model, predicted)
 
 
@@ -101,7 +105,7 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
     Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
-    queries and keys of representatives. Projections by way of a latent are multiplied out.
+    queries and keys of representatives. Projections by way of a latent are multiplied out. Windows are masks.
     """
     compute_own(model)
     with ExitStack() as stack:
@@ -128,6 +132,11 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
                 stack.enter_context(form("fused"))
+            if isinstance(edit, StreamHeads):
+                # All scores are computed, head by head where the heads are, and hidden by a mask.
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, layer.read(), in_place(layer.layout, edit)))
+                stack.enter_context(layer.watch_weights(lambda *_: None))
         stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
 

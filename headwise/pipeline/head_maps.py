@@ -126,6 +126,11 @@ def _shared_layers(edit: Mapping[str, Any]) -> str:
     return f"reads the {what} of layer {edit['owner']}"
 
 
+def _streaming(edit: Mapping[str, Any]) -> str:
+    windows = [f"kv head {head} the last {window}" for head, window in edit["windows"].items()]
+    return f"{', '.join(windows)} tokens and the first {edit['sink']} only" if windows else ""
+
+
 _WORDS = {
     "drop-heads": _dropped,
     "share-kv": _shared,
@@ -133,6 +138,7 @@ _WORDS = {
     "cluster-online": _clustered_online,
     "latent-kv": _latent,
     "share-layers": _shared_layers,
+    "stream-heads": _streaming,
 }
 
 

@@ -19,6 +19,7 @@ COSTS = {
     "macs": "MACs",
     "attention_macs": "Attention MACs",
     "kv_bytes_per_token": "KV per token",
+    "kv_bytes_windows": "KV of windows",
     "file_bytes": "Size",
     "latency": "Latency",
 }
@@ -28,7 +29,7 @@ GOES_ON = frozenset({"warned", "rolled-back"})
 """Statuses of a stage whose gate said no, after which the recipe says to carry on (``on_fail``)."""
 ENGINE_HEADINGS = ("Target", "Runtime", "Size", "Build", "Layers", "Fused attention", "GEMMs by type")
 
-_BYTES = frozenset({"kv_bytes_per_token", "file_bytes"})
+_BYTES = frozenset({"kv_bytes_per_token", "kv_bytes_windows", "file_bytes"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
