@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from headwise.cli.bench import bench
 from headwise.cli.common import (
     CHECKPOINT_HELP,
     EXIT_CODES,
@@ -220,6 +221,7 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(bench)
 main.add_command(cost)
 main.add_command(generate)
 

@@ -144,6 +144,8 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    # Threads that wait for the next call would slow down whatever is timed in between.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 4  # errors are raised below, with the same message
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
@@ -248,6 +250,7 @@ class EngineRunner:
         self.device, self._ignore = found.name, ignore
         self.threads: int | None = None
         self._trt: Any = load_runtime(runtime or engine_runtime(path))
+        self.version = str(self._trt.__version__)
         self._memory = DeviceMemory()
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -264,6 +267,7 @@ class EngineRunner:
         inputs = [n for n in names if self._engine.get_tensor_mode(n) == self._trt.TensorIOMode.INPUT]
         dims = {n: tuple("any" if d < 0 else int(d) for d in self._engine.get_tensor_shape(n)) for n in inputs}
         self._inputs = {name: (dtypes[name], dims[name]) for name in inputs}
+        self.inputs: Mapping[str, Input] = self._inputs
         self._outputs = {name: dtypes[name] for name in names if name not in inputs}
 
     def __enter__(self) -> Self:
