@@ -61,6 +61,7 @@ class Latency:
         device: what it ran on.
         threads: CPU threads; None where the backend decides.
         method: how it was measured.
+        times_ms: of every round.
     """
 
     median_ms: float
@@ -69,6 +70,7 @@ class Latency:
     device: str
     threads: int | None
     method: str
+    times_ms: tuple[float, ...]
 
 
 def graph_cost(onnx_path: Path, shapes: Mapping[str, Shape], attention_scopes: Sequence[str] = ()) -> GraphCost:
@@ -135,6 +137,7 @@ def latency(
             device=_device(runners[label]),
             threads=getattr(runners[label], "threads", None),
             method=method,
+            times_ms=tuple(values),
         )
         for label, values in times.items()
     }

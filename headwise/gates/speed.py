@@ -108,7 +108,7 @@ def _verdict(outcome: Outcome, minimum: float, stage: str, reason: str, *, sampl
     return Verdict(
         gate=GATE,
         stage=stage,
-        output="",
+        output="latency",
         metric=METRIC,
         outcome=outcome,
         difference=math.nan,

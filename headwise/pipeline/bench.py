@@ -74,7 +74,9 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
         for label, path in found:
             children.append(stack.enter_context(Child(label, path, options.threads, options.provider)))
             advance(1)
-        cases = [_time(children, name, case, options, watcher) for name, case in _cases(children, options, usual).items()]
+        cases = [
+            _time(children, name, case, options, watcher) for name, case in _cases(children, options, usual).items()
+        ]
         variants = [{**child.about, **child.ask("memory"), "artifact": child.label} for child in children]
     return {
         "device": device_name(),

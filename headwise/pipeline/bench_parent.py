@@ -78,7 +78,7 @@ class Child:
                 raise HeadwiseError(
                     f"{self.label}: {found}",
                     expected="a model that runs on these inputs",
-                    fix="see the lines above; --seq has to be a length that all models take"
+                    fix="see the lines above; --seq has to be a length that all models take",
                 )
             raise getattr(errors, name)(f"{self.label}: {found}", expected=expected, fix=fix)
         return answer
