@@ -94,6 +94,11 @@ def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool
 @click.option("--no-resume", is_flag=True, help="Make every stage again, also finished ones.")
 @click.option("--dry-run", is_flag=True, help="Check recipe, checkpoint, data and targets, print the recipe, and stop.")
 @click.option("--require-engine-run", is_flag=True, help="Exit 4 when an engine cannot be run on this machine.")
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="Try the recipe on a two-layer model of random weights, into OUT/tiny; judges no accuracy.",
+)
 @errors_to_exit_codes
 def compress(
     checkpoint: str,
@@ -103,6 +108,7 @@ def compress(
     no_resume: bool,
     dry_run: bool,
     require_engine_run: bool,
+    tiny: bool,
 ) -> int:
     """Run a recipe on a checkpoint, with a gate after every stage.
 
@@ -123,6 +129,7 @@ def compress(
                 overrides=overrides,
                 resume=not no_resume,
                 require_engine_run=require_engine_run,
+                tiny=tiny,
                 monitor=monitor,
             )
     if dry_run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -190,7 +190,7 @@ def judge(measurement: Measurement, gate: GateSpec, stage: str) -> Verdict:
             **numbers,
         )
 
-    broken = _unusable(measurement, limits.min_samples)
+    broken = unusable(measurement, limits.min_samples)
     if broken:
         return verdict(Outcome.FAIL, broken)
     reference, candidate = measurement.values()
@@ -205,13 +205,18 @@ def judge(measurement: Measurement, gate: GateSpec, stage: str) -> Verdict:
     return verdict(outcome, reason, difference=difference, interval=(low, high))
 
 
-def judge_all(measurements: Sequence[Measurement], gate: GateSpec, stage: str) -> tuple[Verdict, ...]:
-    """Verdicts on everything that the gate judges.
+Judge = Callable[[Measurement, GateSpec, str], Verdict]
+
+
+def judge_all(
+    measurements: Sequence[Measurement], gate: GateSpec, stage: str, one: Judge = judge
+) -> tuple[Verdict, ...]:
+    """Verdicts on everything that the gate judges, each by ``one``.
 
     Nothing to judge fails, and so does an output or metric that the gate names but nobody measured.
     """
     judged = [found for found in measurements if gate.judges(found)]
-    verdicts = [judge(found, gate, stage) for found in judged]
+    verdicts = [one(found, gate, stage) for found in judged]
     outputs, metrics = {found.output for found in judged}, {found.metric for found in judged}
     missing = [(name, "") for name in gate.outputs if name not in outputs]
     missing += [("", name) for name in gate.metrics if name not in metrics]
@@ -246,8 +251,8 @@ def not_run(measurement: Measurement, gate: GateSpec, stage: str, reason: str) -
     )
 
 
-def _unusable(measurement: Measurement, min_samples: int) -> str:
-    """Why a measurement cannot be judged; empty where it can."""
+def unusable(measurement: Measurement, min_samples: int) -> str:
+    """Why a measurement cannot be judged, or an empty string."""
     n = len(measurement.candidate)
     lengths = {"reference": len(measurement.reference), "candidate": n}
     if measurement.labels is not None:

@@ -12,7 +12,7 @@ from headwise.export.graph import graph_inputs
 from headwise.export.ports import first_call
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
-from headwise.gates.judge import Verdict, judge_all, not_run
+from headwise.gates.judge import Verdict, judge, judge_all, not_run
 from headwise.gates.measure import (
     SAMPLES,
     Measurement,
@@ -24,7 +24,7 @@ from headwise.gates.measure import (
 )
 from headwise.gates.model_cost import model_cost
 from headwise.gates.slowness import Sizes, operator_times, why_not_faster
-from headwise.gates.speed import Speedup
+from headwise.gates.speed import Speedup, speed_not_run
 from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
@@ -32,6 +32,7 @@ from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.speeds import deployed, is_smaller, judge_stage
 from headwise.pipeline.store import Store, versions
+from headwise.pipeline.tiny import NOT_JUDGED, judge_structure
 from headwise.pipeline.workspace import Workspace
 
 Cost = Callable[[], dict[str, Any]]
@@ -107,7 +108,8 @@ class Gatekeeper:
         """Whether the stage's result is used; raises ``Stopped`` when a gate, this one or ``others``, ends the run."""
         self.monitor.work("gate", 0)
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
-        verdicts = [*judge_all(measurements, gate, entry.name), *others, *self._judge_speed(entry)]
+        one = judge_structure if self.workspace.tiny else judge
+        verdicts = [*judge_all(measurements, gate, entry.name, one), *others, *self._judge_speed(entry)]
         return self.results.decide(entry, verdicts, gate, can_roll_back=can_roll_back)
 
     def could_not_run(self, entry: StageEntry, reason: str, others: Sequence[Verdict] = ()) -> None:
@@ -123,7 +125,8 @@ class Gatekeeper:
     def _judge_speed(self, entry: StageEntry) -> list[Verdict]:
         recipe = self.workspace.recipe
         stage = {"name": entry.name, "kind": entry.kind, "cost": entry.cost}
-        return judge_stage(stage, recipe.gate, deployed(recipe.stage_names()))
+        verdicts = judge_stage(stage, recipe.gate, deployed(recipe.stage_names()))
+        return [speed_not_run(v.limit, v.stage, NOT_JUDGED) for v in verdicts] if self.workspace.tiny else verdicts
 
     def latency(self, dense: Path, path: Path, costs: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
         """Latency beside the untouched model's fp32 graph, in one interleaved run on one thread, with all times.

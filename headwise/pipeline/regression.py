@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Miss, reopen
-from headwise.errors import StorageError
+from headwise.errors import DataError, StorageError
 from headwise.gates.judge import GateSpec, Outcome, Verdict, judge_all
 from headwise.gates.measure import SAMPLES, Measurement, load_measurements
 from headwise.gates.speed import GATE as SPEED
@@ -105,6 +105,12 @@ def compare(folder: Path, baseline: Baseline) -> Comparison:
         StorageError: results are missing or damaged.
     """
     report = read_report(folder)
+    if report.get("tiny"):
+        raise DataError(
+            f"{folder} is a tiny run, whose accuracy means nothing",
+            expected="a run of the whole model",
+            fix="run headwise compress without --tiny; a tiny run is judged by its own exit code",
+        )
     found: list[Finding] = []
     accepted = {stage.name: stage for stage in baseline.stages}
     if baseline.samples != report["data"]["task"]["digest"]:
