@@ -97,7 +97,7 @@ def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool
 @click.option(
     "--tiny",
     is_flag=True,
-    help="Try the recipe on a two-layer model of random weights, into OUT/tiny; judges no accuracy.",
+    help="Try the recipe on two layers of random weights, into OUT/tiny; judges no accuracy.",
 )
 @errors_to_exit_codes
 def compress(
@@ -115,6 +115,8 @@ def compress(
     The stages are the passes, the ONNX graph, its precision and the engines. The same command continues a run that
     was interrupted, and makes again only what a change to its inputs asks for.
     """
+    if tiny and dry_run:
+        raise click.UsageError("--dry-run checks the real checkpoint and --tiny runs another one: give one of the two")
     with progress() as monitor:
         from headwise.pipeline.report import terminal
         from headwise.pipeline.run import check, compress

@@ -21,6 +21,8 @@ from headwise.export.runners import session_inputs
 _CALLS = 5
 _WIDTH = 8
 """Matrices with other widths leave a rest that vector and tensor units do not fill."""
+_SOME = 0.05
+"""Parts of the time below this are no reason for anything."""
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention", "Einsum", "QLinear", "DynamicQuantizeMatMul")
 _HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 
@@ -95,18 +97,16 @@ def why_not_faster(before: Sizes, after: Sizes, then: Mapping[str, float], now: 
     gone = 1 - after.macs / before.macs if before.macs else 0.0
     casts = now.get("Cast", 0.0) / max(sum(now.values()), 1e-9)
     if after.half:
-        reasons.append(
-            f"fp16 and bf16 are for GPUs: ONNX Runtime computes most of it in fp32 on a CPU, and spends {casts:.0%} of "
-            "the time on casts"
-        )
+        spent = f", and spends {casts:.0%} of the time on casts" if casts >= _SOME else ""
+        reasons.append(f"fp16 and bf16 are for GPUs: ONNX Runtime computes most of it in fp32 on a CPU{spent}")
     if gone < 0.02:
         reasons.append("the multiply-accumulates stayed: tables or bytes became smaller, not the work")
-    elif gone * earlier / total < 0.05:
+    elif gone * earlier / total < _SOME:
         reasons.append(_small_share(before, gone, then))
     elif products / earlier > after.macs / before.macs + 0.1:
         reasons.append(_slow_products(before, after, products / earlier))
     quantizing = sum(time for name, time in now.items() if name.startswith(("DynamicQuantizeLinear", "Dequantize")))
-    if quantizing > 0.1 * sum(now.values()):
+    if quantizing > _SOME * sum(now.values()):
         reasons.append(f"quantizing activations takes {quantizing / sum(now.values()):.0%} of the time")
     return "; ".join(reasons) or "what it saves is less than times vary by on this machine"
 

@@ -15,8 +15,10 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.sources import constructor_arguments, fresh_class, quietly
 
 LAYERS = 2
-_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
-_COUNTS += ("n_layers",)
+_COUNTS = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
+    *("n_layer", "n_layers"),
+)
 _SEED = 0
 
 
@@ -63,8 +65,10 @@ def shortened(values: dict[str, Any]) -> dict[str, Any]:
 
     Lists with an entry per layer keep the entries of these layers.
     """
-    found = {key: shortened(entry) if isinstance(entry, dict) else entry for key, entry in values.items()}
-    counts = {key: found[key] for key in _COUNTS if isinstance(found.get(key), int)}
+    found: dict[str, Any] = {
+        key: shortened(entry) if isinstance(entry, dict) else entry for key, entry in values.items()
+    }
+    counts: dict[str, int] = {key: found[key] for key in _COUNTS if isinstance(found.get(key), int)}
     if not counts:
         return found
     kinds = list(found.get("layer_types") or [])
