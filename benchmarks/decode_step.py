@@ -22,9 +22,9 @@ import onnxruntime as ort
 import torch
 import transformers
 
+from headwise.device.session import open_session, ports
 from headwise.export.decoder import decoder_to_onnx
 from headwise.export.ports import IDS, MASK, POSITIONS
-from headwise.export.runners import open_session, session_inputs
 from headwise.gates.cost import device_name
 from headwise.model import surgery
 from headwise.model.cache import is_past
@@ -54,6 +54,7 @@ def latent(layout: AttentionLayout) -> AttentionLayout:
 VARIANTS: dict[str, tuple[Edit | None, Form]] = {
     "dense": (None, "auto"),
     "GQA, 4 kv heads": (grouped(4), "auto"),
+    "GQA, 2 kv heads": (grouped(2), "auto"),
     "MQA, 1 kv head": (grouped(1), "auto"),
     "MLA, latent 192 and rotary 64, absorbed": (latent, "absorbed"),
     "MLA, the same, not absorbed": (latent, "unabsorbed"),
@@ -92,7 +93,7 @@ def step(session: ort.InferenceSession, context: int, generator: np.random.Gener
         MASK: np.ones((1, context + 1), np.int64),
         POSITIONS: np.array([[context]], np.int64),
     }
-    for name, (dtype, dims) in session_inputs(session).items():
+    for name, (dtype, dims) in ports(session.get_inputs()).items():
         if is_past(name):
             feed[name] = generator.standard_normal((1, dims[1], context, dims[3]), np.float32).astype(dtype)
     values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}

@@ -19,9 +19,11 @@ from runs import copied, finished
 from test_cost import graph
 
 from headwise.cli import main
+from headwise.device.arrays import Port
 from headwise.errors import DataError, HeadwiseError, MachineError
 from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
-from headwise.export.variants import EngineVariant, GraphVariant, TorchVariant, open_variant
+from headwise.export.torch_variant import TorchVariant
+from headwise.export.variants import EngineVariant, GraphVariant, open_variant
 from headwise.pipeline import bench as bench_module
 from headwise.pipeline.bench import BenchOptions, bench
 from headwise.pipeline.bench_child import Served, memory
@@ -30,19 +32,19 @@ from headwise.pipeline.bench_table import bench_table
 from headwise.pipeline.folders import bench_graph, dense_graph, usual_tokens
 from headwise.pipeline.report import read_report
 
-I64, F32 = np.dtype(np.int64), np.dtype(np.float32)
-IDS = {"input_ids": (I64, ("batch", "sequence"))}
+PAST = "past_key_values.0.key"
+IDS = {"input_ids": Port("int64", ("batch", "sequence"))}
 
 
 def test_inputs_have_the_sizes_and_the_meaning_that_they_should() -> None:
     inputs = {
         **IDS,
-        "attention_mask": (I64, ("batch", "total_sequence")),
-        "position_ids": (I64, ("any", "any")),
-        "token_type_ids": (I64, ("batch", "sequence")),
-        "key_padding_mask": (np.dtype(bool), ("batch", "sequence")),
-        "past_key_values.0.key": (F32, ("batch", 2, "past_sequence", 4)),
-        "pixel_values": (np.dtype(np.float16), ("batch", 3, 8, 8)),
+        "attention_mask": Port("int64", ("batch", "total_sequence")),
+        "position_ids": Port("int64", ("any", "any")),
+        "token_type_ids": Port("int64", ("batch", "sequence")),
+        "key_padding_mask": Port("bool", ("batch", "sequence")),
+        "past_key_values.0.key": Port("float32", ("batch", 2, "past_sequence", 4)),
+        "pixel_values": Port("float16", ("batch", 3, 8, 8)),
     }
     found = random_inputs(inputs, Case(batch=2, tokens=1, past=5, vocabulary=7))
     assert {name: array.shape for name, array in found.items()} == {
@@ -66,13 +68,13 @@ def test_inputs_are_the_same_for_every_variant_and_cover_the_vocabulary() -> Non
     case = Case(batch=4, tokens=200, vocabulary=7)
     ids = random_inputs(IDS, case)["input_ids"]
     assert set(np.unique(ids)) == set(range(7))
-    with_more = random_inputs({"attention_mask": (I64, (None, None)), **IDS}, case)
+    with_more = random_inputs({"attention_mask": Port("int64", ("any", "any")), **IDS}, case)
     np.testing.assert_array_equal(with_more["input_ids"], ids)
 
 
 def test_inputs_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(DataError, match="input x has a fixed batch of 1, and 2 was asked for"):
-        random_inputs({"x": (F32, (1, 4))}, Case(batch=2, tokens=3))
+        random_inputs({"x": Port("float32", (1, 4))}, Case(batch=2, tokens=3))
     with pytest.raises(DataError, match="the vocabulary of input input_ids is not known"):
         random_inputs(IDS, Case(batch=2, tokens=3))
 
@@ -234,21 +236,27 @@ def test_engines_are_called_with_the_same_inputs(monkeypatch: pytest.MonkeyPatch
     calls: list[Any] = []
 
     class Engine:
-        version, device, inputs = "1.0", "a GPU", {"x": (F32, ("any", 4)), "past_key_values.0.key": (F32, ("any", 4))}
+        version, device, inputs = (
+            "1.0",
+            "a GPU",
+            {"x": Port("float32", ("any", 4)), "past_key_values.0.key": Port("float32", ("any", "any"))},
+        )
 
-        def __call__(self, batch: Any) -> None:
+        def run(self, batch: Any) -> None:
             calls.append(batch)
 
-    monkeypatch.setattr("headwise.export.variants.EngineRunner", lambda path: Engine())
+    monkeypatch.setattr("headwise.export.variants.require_gpu", lambda: None)
+    monkeypatch.setattr("headwise.export.variants.EngineSession", lambda path, runtime: Engine())
     path = tmp_path / "model.engine"
     path.write_bytes(b"12345")
+    (tmp_path / "model.engine.json").write_text(json.dumps({"runtime": "tensorrt"}))
     variant = open_variant(str(path), threads=1, provider="cpu")
     assert isinstance(variant, EngineVariant)
     assert (variant.bytes, variant.device, variant.cached) == (5, "a GPU", False)
-    assert variant.prepare(Case(batch=2, tokens=1), {}) == {"x": (2, 4)}
+    assert variant.prepare(Case(batch=2, tokens=1), {}) == {"x": (2, 4), PAST: (2, 0)}
     variant.reset()
     variant.call()
-    assert [set(call) for call in calls] == [{"x"}]
+    assert [set(call) for call in calls] == [{"x", PAST}]
 
 
 def test_a_run_has_a_graph_per_provider(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

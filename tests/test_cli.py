@@ -256,9 +256,9 @@ def test_an_output_folder_that_is_a_file(folder: Path) -> None:
 
 
 def test_engines_that_cannot_be_run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwise.export import tensorrt
+    from headwise.device import builder, runtimes
 
-    monkeypatch.setattr(tensorrt, "gpu", lambda: None)
+    monkeypatch.setattr(builder, "gpu", lambda: None)
     monkeypatch.setattr(stages, "gpu", lambda: None)
     result = compress(folder, "--set", "targets=[jetson-orin]")
     assert result.exit_code == 0
@@ -267,7 +267,7 @@ def test_engines_that_cannot_be_run_here(folder: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 4
     assert "NOT-RUN (exit 4)" in result.stdout
     assert compress(folder, "--require-engine-run").exit_code == 2
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt-rtx", "no_such_builder")
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt-rtx", "no_such_builder")
     result = compress(folder, "--set", "targets=[sm86]")
     assert result.exit_code == 4
     assert "pip install no_such_builder" in result.stdout

@@ -54,6 +54,14 @@ def test_keeping_all_keys_rotary_loses_nothing(family: str, options: dict[str, A
     assert record.twin_error < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_keys_that_are_rotated_behind_a_full_latent_lose_nothing(family: str) -> None:
+    view, teacher, record = compress(family, rank=10_000, route="rebuild", refit=False)
+    assert float((logits(view) - logits(teacher)).abs().max()) < 1e-4
+    assert record.twin_error < 1e-5
+    assert {layer.rotary for layer in view.layout.attention} == {0}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_without_rotary_positions_a_full_latent_loses_nothing(family: str) -> None:
     view, teacher, _ = compress(family, rank=10_000, refit=False)
@@ -65,6 +73,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"rotary": 4}),
     ("llama", {"rotary": 4, "fold": 3, "basis": "real"}),
     ("qwen2", {"rotary": 4, "route": "heads"}),
+    ("qwen2", {"route": "rebuild"}),
     ("mistral", {"rotary": 4}),
     ("phi3", {"rotary": 4}),
     ("gpt-neox", {"rotary": 8, "route": "heads"}),
@@ -172,7 +181,7 @@ def test_rotary_keys_come_in_pairs(options: dict[str, Any], message: str) -> Non
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("options", [{"rotary": 0}, {"fold": 0}, {"distance": 1}])
+@pytest.mark.parametrize("options", [{"rotary": 0}, {"fold": 0}, {"distance": 1}, {"route": "rebuild", "rotary": 4}])
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         LatentKVPass.model_validate({"rank": 8, **options})

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import headwise
 from headwise.artifacts import digest_file
+from headwise.device.cuda import Gpu
 from headwise.errors import (
     CheckpointError,
     DataError,
@@ -30,7 +31,6 @@ from headwise.errors import (
     TargetError,
     UnsupportedModelError,
 )
-from headwise.export.cuda import Gpu
 from headwise.export.runners import OrtRunner
 from headwise.export.tensorrt import EngineInfo
 from headwise.gates.measure import Predictions, predict
@@ -395,9 +395,9 @@ def test_a_device_that_builds_its_own_engine_is_told_so(folder: Path) -> None:
 
 
 def test_a_missing_builder_ends_with_4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwise.export import tensorrt
+    from headwise.device import runtimes
 
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt-rtx", "no_such_builder")
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt-rtx", "no_such_builder")
     found = run(folder, "targets=[sm86, sm89]")
     assert (found.outcome, found.exit_code) == ("not-run", 4)
     assert "pip install no_such_builder" in found.reason

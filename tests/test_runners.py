@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from headwise.device import cuda, engine
 from headwise.errors import DataError, EngineError, ExportError, MachineError
-from headwise.export import cuda, runners
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 
 DOUBLE = """<ir_version: 10, opset_import: ["": 21]>
@@ -80,13 +81,13 @@ def test_ort_runner_passes_on_what_onnx_runtime_says(tmp_path: Path) -> None:
 
 def test_ort_runner_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = graph(tmp_path, DOUBLE.format(dtype="float"))
-    monkeypatch.setattr(runners.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(MachineError, match="this onnxruntime has no CUDAExecutionProvider"):
         OrtRunner(path, provider="cuda")
-    monkeypatch.setattr(runners.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    real = runners.ort.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    real = onnxruntime.InferenceSession
     cpu = lambda file, options, providers: real(file, options, providers=["CPUExecutionProvider"])  # noqa: E731
-    monkeypatch.setattr(runners.ort, "InferenceSession", cpu)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", cpu)
     with pytest.raises(MachineError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider"):
         OrtRunner(path, provider="cuda")
 
@@ -228,9 +229,9 @@ class DecoderEngine(Engine):
         return True
 
 
-def fake_device(monkeypatch: pytest.MonkeyPatch, engine: Engine | None, driver: Driver) -> list[str]:
+def fake_device(monkeypatch: pytest.MonkeyPatch, loaded: Engine | None, driver: Driver) -> list[str]:
     asked: list[str] = []
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: loaded)
     trt = SimpleNamespace(
         __name__="tensorrt_rtx",
         __version__="1.7",
@@ -239,13 +240,13 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, engine: Engine | None, driver: 
         TensorIOMode=SimpleNamespace(INPUT="in"),
     )
     monkeypatch.setattr(cuda, "_library", lambda: driver)
-    monkeypatch.setattr(runners, "load_runtime", lambda name: asked.append(name) or trt)
+    monkeypatch.setattr(engine, "load_runtime", lambda name: asked.append(name) or trt)
     return asked
 
 
 def test_engine_runner_slices_casts_and_frees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, driver = Engine(), Driver()
-    asked = fake_device(monkeypatch, engine, driver)
+    double, driver = Engine(), Driver()
+    asked = fake_device(monkeypatch, double, driver)
     path = tmp_path / "x.engine"
     path.write_bytes(b"vtrt")
     (tmp_path / "x.engine.json").write_text(json.dumps({"runtime": "tensorrt-rtx"}))
@@ -256,14 +257,14 @@ def test_engine_runner_slices_casts_and_frees(tmp_path: Path, monkeypatch: pytes
             runner({"x": np.zeros((2, 7))})
     np.testing.assert_array_equal(outputs["y"], 2 * x)
     assert outputs["y"].dtype == np.float32
-    assert engine.rows == [2, 2, 1]
+    assert double.rows == [2, 2, 1]
     assert (asked, runner.device) == (["tensorrt-rtx"], "NVIDIA Test")
     assert not driver.blocks
 
 
 def test_engine_runner_gives_a_decoder_an_empty_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = DecoderEngine()
-    fake_device(monkeypatch, engine, Driver())
+    decoder = DecoderEngine()
+    fake_device(monkeypatch, decoder, Driver())
     path = tmp_path / "x.engine"
     path.write_bytes(b"vtrt")
     mask = np.array([[1, 1, 1], [0, 1, 1], [1, 1, 0]])
@@ -271,7 +272,7 @@ def test_engine_runner_gives_a_decoder_an_empty_past(tmp_path: Path, monkeypatch
         outputs = runner({"input_ids": 5 * mask, "attention_mask": mask})
     assert list(outputs) == ["logits"]
     np.testing.assert_array_equal(outputs["logits"][..., 0], [[0, 1, 2], [0, 0, 1], [0, 1, 1]])
-    assert engine.pasts == [(2, 2, 0, 4), (1, 2, 0, 4)]
+    assert decoder.pasts == [(2, 2, 0, 4), (1, 2, 0, 4)]
 
 
 def test_engine_runner_reports_a_refused_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,9 @@ def test_groups_name_layers() -> None:
         ("bert", {"groups": [[1, 0]]}, "layer 0 .* cannot read layer 1"),
         ("albert", {}, "cannot read layer"),
         ("clip", {"groups": [[0, 1]]}, "cannot read layer"),
-        ("llama", {}, "is run with a kv cache"),
+        ("qwen3", {}, "normalises queries and keys"),
+        ("gemma2", {}, "caps its scores"),
+        ("gemma2", {"how": "mean", "groups": [[0, 1]]}, "layer 1 .* cannot read layer 0"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(family: str, options: dict[str, Any], message: str) -> None:

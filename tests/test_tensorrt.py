@@ -13,13 +13,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from headwise.device import builder, runtimes
+from headwise.device.cuda import Gpu
+from headwise.device.runtimes import load_runtime
 from headwise.errors import EngineError, ExportError, MachineError, MissingDependencyError, StorageError
-from headwise.export import tensorrt
-from headwise.export.cuda import Gpu
 from headwise.export.listing import read_listing
 from headwise.export.precision import ExportSpec, Range
 from headwise.export.targets import resolve_target
-from headwise.export.tensorrt import build_engine, engine_runtime, load_runtime, profiles_for
+from headwise.export.tensorrt import build_engine, engine_runtime, profiles_for
 
 needs_builder = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed: no engine can be built"
@@ -109,7 +110,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
     (folder / "strange_runtime.py").write_text(code)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt-rtx", "strange_runtime")
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt-rtx", "strange_runtime")
 
 
 def build(folder: Path, **options: Any) -> None:
@@ -133,8 +134,8 @@ def test_a_folder_that_is_not_there_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "_run_worker", lambda job: {"errno": 28})
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt-rtx", "json")  # some package that is there
+    monkeypatch.setattr(builder, "_run_worker", lambda job: {"errno": 28})
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt-rtx", "json")  # some package that is there
     with pytest.raises(StorageError, match="no space left on the device while writing"):
         build(tmp_path)
 
@@ -157,7 +158,7 @@ def test_an_interrupt_kills_the_child(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt-rtx", "no_such_runtime")
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt-rtx", "no_such_runtime")
     with pytest.raises(MissingDependencyError, match=r"no_such_runtime cannot be imported(.*\n)*.*pip install"):
         build(tmp_path)
     with pytest.raises(MissingDependencyError, match="No module named 'no_such_runtime'") as caught:
@@ -166,11 +167,11 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_full_tensorrt_needs_the_device_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tensorrt._MODULES, "tensorrt", "json")  # some package that is there
-    monkeypatch.setattr(tensorrt, "gpu", lambda: None)
+    monkeypatch.setitem(runtimes.MODULES, "tensorrt", "json")  # some package that is there
+    monkeypatch.setattr(builder, "gpu", lambda: None)
     with pytest.raises(MachineError, match="no GPU of sm87"):
         build(tmp_path, target="jetson-orin")
-    monkeypatch.setattr(tensorrt, "gpu", lambda: Gpu(name="NVIDIA L4", sm=89))
+    monkeypatch.setattr(builder, "gpu", lambda: Gpu(name="NVIDIA L4", sm=89))
     with pytest.raises(MachineError, match="NVIDIA L4 is sm89, not sm87"):
         build(tmp_path, target="jetson-orin")
 

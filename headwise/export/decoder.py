@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +29,13 @@ from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
 from headwise.model.decoder import positions, why_no_cache
 from headwise.model.forward import to_torch
+from headwise.model.latent_attention import LatentAttention, latent_form
 from headwise.model.view import ModelView
 from headwise.tolerances import ONNX_PARITY
 
 LOGITS = "logits"
+DECODE = "decode.onnx"
+"""The graph for calls of one token per row, beside that which reads prompts."""
 _PAST, _NEW = 4, 3
 """Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
 
@@ -42,6 +46,35 @@ def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSp
     if caches(view, batch, spec.cache):
         return decoder_to_onnx(view, batch[IDS], path, opset=spec.opset)
     return to_onnx(view.module, batch, path, dynamic=examples.dynamic_axes(), opset=spec.opset)
+
+
+def export_decode(view: ModelView, examples: Examples, prompts: Path, spec: ExportSpec) -> ExportInfo | None:
+    """Export the graph for calls of one token per row, and check that it goes on where the other one has read.
+
+    Its latent attention is absorbed: attention reads the latents of all tokens as they are, where the graph that reads
+    prompts computes keys and values of all heads from them in every call.
+
+    Args:
+        view: the model.
+        examples: samples of the task.
+        prompts: the graph that reads prompts; the new one lies beside it, as ``DECODE``.
+        spec: the recipe's options.
+
+    Returns:
+        None where the recipe wants none, and where there is nothing to absorb.
+
+    Raises:
+        ExportError: see ``decoder_to_onnx``.
+    """
+    ids = examples.example_batch().get(IDS)
+    latents = [layer.module for layer in view.attention if isinstance(layer.module, LatentAttention)]
+    absorbs = any(layer.absorbs for layer in latents)
+    if spec.decode == "same" or not absorbs or ids is None or not caches(view, examples.example_batch(), spec.cache):
+        return None
+    path = prompts.with_name(DECODE)
+    with latent_form("absorbed"):
+        info = decoder_to_onnx(view, ids, path, opset=spec.opset)
+    return replace(info, parity=(*info.parity, *check_decoder(view, prompts, _tokens(ids), decode=path)))
 
 
 def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["auto"] | bool) -> bool:
@@ -114,12 +147,20 @@ def decoder_to_onnx(
     )
 
 
-def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: float = ONNX_PARITY) -> tuple[Parity, ...]:
+def check_decoder(
+    view: ModelView,
+    path: Path,
+    ids: NDArray[Any],
+    tolerance: float = ONNX_PARITY,
+    *,
+    decode: Path | None = None,
+) -> tuple[Parity, ...]:
     """Compare a graph on ONNX Runtime with its module that reads all tokens at once, without a cache.
 
     Args:
         view: the model that was exported.
         path: the graph.
+        decode: the graph that takes calls of one token, where there is one; then only these are compared.
         ids: (B, S) tokens; rows but the first are padded on the left, then on the right.
         tolerance: largest absolute difference, relative to the largest output where that is above 1.
 
@@ -138,8 +179,10 @@ def check_decoder(view: ModelView, path: Path, ids: NDArray[Any], tolerance: flo
         ("token by token", ids, left, single),
         ("token by token, one row", ids[:1], left[:1], single),
     ]
+    if decode is not None:
+        cases = [(f"{label}, by two graphs", *case) for label, *case in cases[3:]]
     found = []
-    with OrtDecoder(path) as graph:
+    with OrtDecoder(path, decode=decode) as graph:
         for label, tokens, mask, steps in cases:
             reference = TorchDecoder(view)
             expected = {LOGITS: _read(reference, tokens, mask, every), **reference.cached()}

@@ -11,9 +11,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from headwise.device.arrays import BF16, Port
 from headwise.errors import DataError
-from headwise.export.ports import MASK, POSITIONS
-from headwise.export.runners import Input
 from headwise.model.cache import is_past
 
 _VIEWS = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
@@ -37,11 +36,11 @@ class Case:
     vocabulary: int | None = None
 
 
-def random_inputs(inputs: Mapping[str, Input], case: Case, seed: int = 0) -> dict[str, NDArray[Any]]:
+def random_inputs(inputs: Mapping[str, Port], case: Case, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Arrays for every input, without padding.
 
     Args:
-        inputs: name -> dtype and dims; a dim that varies is no integer.
+        inputs: name -> dtype and dims; a bfloat16 is made as float32.
         case: the sizes.
         seed: an array depends on it, on its own name and on its shape, not on the other inputs.
 
@@ -51,17 +50,17 @@ def random_inputs(inputs: Mapping[str, Input], case: Case, seed: int = 0) -> dic
     cached = any(map(is_past, inputs))
     found = {}
     for name, (dtype, dims) in inputs.items():
-        if not isinstance(dims[0], str | None) and dims[0] != case.batch:
+        if isinstance(dims[0], int) and dims[0] != case.batch:
             raise DataError(
                 f"input {name} has a fixed batch of {dims[0]}, and {case.batch} was asked for",
                 expected="a batch that the graph takes",
                 fix=f"use --batch {dims[0]}, or export with an axis that varies",
             )
         past = case.past or 0
-        varying = past if is_past(name) else past + case.tokens if cached and name == MASK else case.tokens
+        varying = past if is_past(name) else past + case.tokens if cached and name == "attention_mask" else case.tokens
         shape = (case.batch, *(dim if isinstance(dim, int) else varying for dim in dims[1:]))
         random = np.random.default_rng([seed, *name.encode()])
-        found[name] = np.array(_content(name, shape, case, random), dtype, order="C")
+        found[name] = np.array(_content(name, shape, case, random), "float32" if dtype == BF16 else dtype, order="C")
     return found
 
 
@@ -70,7 +69,7 @@ def _content(name: str, shape: tuple[int, ...], case: Case, random: np.random.Ge
         return np.ones(shape)
     if name.endswith(("padding_mask", "token_type_ids")):
         return np.zeros(shape)
-    if name == POSITIONS:
+    if name == "position_ids":
         return np.broadcast_to(np.arange(shape[-1]) + (case.past or 0), shape)
     if not name.endswith("input_ids"):
         return random.standard_normal(shape, np.float32)

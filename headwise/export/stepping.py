@@ -13,9 +13,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from headwise.device.arrays import as_float32
+from headwise.device.session import open_session, ports
 from headwise.errors import DataError
 from headwise.export.ports import IDS, MASK, POSITIONS
-from headwise.export.runners import as_float32, open_session, session_inputs
 from headwise.model.cache import PAST, is_past, is_present, next_past
 from headwise.model.decoder import empty_past, make_cache, read_cache
 from headwise.model.view import ModelView
@@ -81,6 +82,7 @@ class OrtDecoder:
 
     Args:
         path: the graph.
+        decode: a second graph, with the same cache, for calls of one token per row; None leaves them to the first.
         threads: intra-op threads; None lets ONNX Runtime take every core.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
 
@@ -92,10 +94,13 @@ class OrtDecoder:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, *, threads: int | None = None, provider: str = "cpu") -> None:
+    def __init__(
+        self, path: Path, *, decode: Path | None = None, threads: int | None = None, provider: str = "cpu"
+    ) -> None:
         self.device, self.threads = provider, threads
         self._session = open_session(path, threads=threads, provider=provider)
-        self._inputs = session_inputs(self._session)
+        self._single = self._session if decode is None else open_session(decode, threads=threads, provider=provider)
+        self._inputs = ports(self._session.get_inputs())
         self._outputs = [item.name for item in self._session.get_outputs()]
         if not any(map(is_past, self._inputs)):
             raise DataError(
@@ -130,7 +135,8 @@ class OrtDecoder:
             if name in self._inputs
         }
         wanted = [self._logits, *self._present]
-        logits, *present = self._session.run_with_ort_values(wanted, {**feed, **self._cache})
+        session = self._single if ids.shape[1] == 1 else self._session
+        logits, *present = session.run_with_ort_values(wanted, {**feed, **self._cache})
         self._cache = {next_past(name): value for name, value in zip(self._present, present, strict=True)}
         return as_float32(logits.numpy())
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from headwise.device.runtimes import FULL, ORT, RTX, RUNTIMES
 from headwise.errors import TargetError, did_you_mean
 
-RTX, FULL = "tensorrt-rtx", "tensorrt"
-RUNTIMES = (RTX, FULL)
-CPU, ORT = "cpu", "onnxruntime"
-"""The target that needs no engine, and its runtime."""
+CPU = "cpu"
+"""The target that needs no engine."""
 
 # compute capability -> the devices that have it, as people call them (NVIDIA's list of CUDA GPUs)
 _DEVICES: Mapping[int, tuple[str, ...]] = {

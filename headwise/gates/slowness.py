@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from headwise.export.runners import session_inputs
+from headwise.device.arrays import store
+from headwise.device.session import ports
 
 _CALLS = 5
 _WIDTH = 8
@@ -71,7 +71,7 @@ def operator_times(path: Path, feed: Mapping[str, NDArray[Any]]) -> Counter[str]
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        arrays = {name: np.asarray(feed[name], dtype) for name, (dtype, _) in session_inputs(session).items()}
+        arrays = {name: store(feed[name], port.dtype) for name, port in ports(session.get_inputs()).items()}
         for _ in range(_CALLS):
             session.run(None, arrays)
         events = json.loads(Path(session.end_profiling()).read_text())

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.model.access import assign
+from headwise.model.rotation import rotate
 
 
 class LayerConfig:
@@ -45,8 +46,9 @@ def own_config(module: nn.Module, name: str, value: Any) -> None:
 class GroupedAttention(nn.Module):
     """Self-attention of transformers with any number of queries, keys and values, with rotary positions or without.
 
-    Takes the place of attention modules whose class has as many keys and values as queries. It is called as they are,
-    and calls the attention function that the config names.
+    Takes the place of attention modules whose class has as many keys and values as queries, or has all projections in
+    one matrix where some of them must go. It is called as they are, and calls the attention function that the config
+    names.
 
     Attributes:
         q_proj: (N * H, D); ``k_proj`` and ``v_proj``: (K * H, D), with fewer queries and keys in a clustered layer;
@@ -67,7 +69,8 @@ class GroupedAttention(nn.Module):
         self.num_key_value_groups = 1
         self.is_causal = original.is_causal
         self.scaling = original.scaling
-        self.attention_dropout = float(self.config.attention_dropout)
+        self.attention_dropout = attention_dropout(self.config)
+        self.resid_dropout = getattr(original, "resid_dropout", None) or nn.Identity()
         # Surgery puts the weights in.
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_empty(next(original.parameters())) for _ in range(4))
         self.train(original.training)
@@ -86,7 +89,7 @@ class GroupedAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if position_embeddings is not None:
-            query, key = (_rotated(heads, *position_embeddings) for heads in (query, key))
+            query, key = (rotate(heads, position_embeddings) for heads in (query, key))
         cache = layer_past if past_key_values is None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -101,20 +104,18 @@ class GroupedAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output: torch.Tensor = self.out_proj(mixed.flatten(2))
+        output: torch.Tensor = self.resid_dropout(self.out_proj(mixed.flatten(2)))
         return output, weights
+
+
+def attention_dropout(config: Any) -> float:
+    """The share of attention weights that training drops, by its name in the configs of transformers."""
+    found = getattr(config, "attention_dropout", None)
+    return float(getattr(config, "attn_pdrop", 0.0) if found is None else found)
 
 
 def _empty(like: torch.Tensor) -> nn.Linear:
     return nn.Linear(1, 1, bias=False, device=like.device, dtype=like.dtype).requires_grad_(like.requires_grad)
-
-
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the leading coordinates of (B, heads, T, H) by angles whose cosines and sines are (B, T, rotated)."""
-    turned, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    left, right = turned.chunk(2, dim=-1)
-    turned = turned * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
-    return torch.cat([turned, rest], dim=-1)
 
 
 def eager_attention(

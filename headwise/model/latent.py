@@ -21,31 +21,31 @@ from headwise.model.layout import AttentionLayout
 
 
 class Slot:
-    """Holds a tensor between the module that computes it and those that read it in the same forward pass.
+    """Holds a tensor, or several, between the module that computes it and those that read it in the same forward pass.
 
     No module itself, so that nothing of it is saved; the last reader empties it.
 
     Attributes:
-        readers: how often the tensor is read.
+        readers: how often it is read.
     """
 
     def __init__(self) -> None:
         self.readers = 0
-        self._tensor: torch.Tensor | None = None
+        self._content: Any = None
         self._left = 0
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """Leave a tensor for all readers."""
-        self._tensor, self._left = tensor, self.readers
+    def put(self, content: Any) -> None:
+        """Leave something for all readers."""
+        self._content, self._left = content, self.readers
 
-    def take(self) -> torch.Tensor:
+    def take(self) -> Any:
         """What was left.
 
         Raises:
             SurgeryError: nothing was: the module that computes it did not run before.
         """
-        tensor = self._tensor
-        if tensor is None:
+        content = self._content
+        if content is None:
             raise SurgeryError(
                 "a layer reads keys and values that no layer has computed",
                 expected="its owner to run before, in the same forward pass",
@@ -53,8 +53,8 @@ class Slot:
             )
         self._left -= 1
         if not self._left:
-            self._tensor = None
-        return tensor
+            self._content = None
+        return content
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         # Modules that share a slot share the copy too, but not what lies in it.
@@ -163,7 +163,8 @@ class Borrowed(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         del inputs
-        return self.slot.take()
+        found: torch.Tensor = self.slot.take()
+        return found
 
 
 def read_latent(keys: nn.Module, values: nn.Module, head_dim: int) -> LatentProjections:

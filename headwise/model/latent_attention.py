@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headwise.model.attention import linear
-from headwise.model.grouped import eager_attention
-from headwise.model.latent import LatentProjections
+from headwise.model.grouped import attention_dropout, eager_attention
+from headwise.model.latent import LatentProjections, Slot
 from headwise.model.layout import AttentionLayout
+from headwise.model.rotation import Tables, rotate, with_past
 
 Form = Literal["auto", "absorbed", "unabsorbed"]
 _form: ContextVar[Form] = ContextVar("latent_form", default="auto")
@@ -51,6 +52,7 @@ class LatentAttentionWeights:
         latent: from the latent to keys (K, P, r) and values (K, H, r), with their biases or without.
         rotary: (M, R, D) rotary keys, coordinates i and i + R / 2 a pair; ``rotary_bias`` (M, R) or None.
         frequencies: (M, R / 2) which of the model's frequencies turns a pair.
+        angles: (F,) where positions turn the leading 2 F coordinates of keys from the latent; None where they do not.
     """
 
     query: torch.Tensor
@@ -59,22 +61,40 @@ class LatentAttentionWeights:
     rotary: torch.Tensor
     rotary_bias: torch.Tensor | None
     frequencies: torch.Tensor
+    angles: torch.Tensor | None = None
+
+
+class State(NamedTuple):
+    """What the layers that share a latent compute with: of all S tokens of the cache and of this call.
+
+    Attributes:
+        latent: (B, 1, S, r); ``rotary``: (B, M, S, R), turned.
+        tables: by which keys from the latent are turned; None where they are not.
+    """
+
+    latent: torch.Tensor
+    rotary: torch.Tensor
+    tables: Tables | None
 
 
 class LatentAttention(nn.Module):
     """Causal self-attention of transformers by way of a latent.
 
     Takes the place of attention modules and is called as they are. A cache is given two tensors per layer, as if they
-    were keys and values: the latents (B, 1, S, r) and the rotated rotary keys (B, M, S, R).
+    were keys and values: the latents (B, 1, S, r) and the rotated rotary keys (B, M, S, R). A layer may read what an
+    earlier one, its owner, gave its cache.
 
     Attributes:
-        q_proj: D -> N * (P + R); ``kv_down`` D -> r, or the identity; ``rotary_key`` D -> M * R, or None;
-            ``k_up`` r -> K * P; ``v_up`` r -> K * H; ``out_proj`` N * H -> D.
+        q_proj: D -> N * (P + R); ``kv_down`` D -> r, or the identity, or None where the owner has it; ``rotary_key``
+            D -> M * R, or None; ``k_up`` r -> K * P; ``v_up`` r -> K * H; ``out_proj`` N * H -> D.
         frequencies: (M, R / 2).
+        angles: (F,) or None, see ``LatentAttentionWeights``; keys that are turned cannot be absorbed.
+        slot: where an owner leaves its state.
         num_key_value_groups: N / K; read by the attention functions.
     """
 
     frequencies: torch.Tensor
+    angles: torch.Tensor | None
 
     def __init__(
         self, original: nn.Module, output: tuple[torch.Tensor, torch.Tensor | None], weights: LatentAttentionWeights
@@ -83,7 +103,7 @@ class LatentAttention(nn.Module):
         source: Any = original
         self.config, self.layer_idx = source.config, source.layer_idx
         self.is_causal, self.scaling = source.is_causal, source.scaling
-        self.attention_dropout = _dropout(source)
+        self.attention_dropout = attention_dropout(source.config)
         self.resid_dropout = getattr(original, "resid_dropout", None) or nn.Identity()
         self.head_dim = weights.latent.value.shape[1]
         self.kv_heads = len(weights.latent.value)
@@ -91,40 +111,68 @@ class LatentAttention(nn.Module):
         self.unrotated = weights.latent.key.shape[1]
         down = weights.latent.down
         self.q_proj = linear(*_flat(weights.query, weights.query_bias))
-        self.kv_down = nn.Identity() if down is None else linear(down, None)
+        kv_down = nn.Identity() if down is None else linear(down, None)
+        self.kv_down = kv_down if weights.latent.owns else None
         self.rotary_key = linear(*_flat(weights.rotary, weights.rotary_bias)) if weights.rotary.shape[1] else None
         self.k_up = linear(*_flat(weights.latent.key, weights.latent.key_bias)) if self.unrotated else None
         self.v_up = linear(*_flat(weights.latent.value, weights.latent.value_bias))
         self.out_proj = linear(*output)
         self.register_buffer("frequencies", weights.frequencies.long())
+        self.register_buffer("angles", None if weights.angles is None else weights.angles.float())
+        self.slot = Slot()
         self.train(original.training)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: Tables | None = None,
         past_key_values: Any = None,
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.q_proj(hidden_states).unflatten(-1, (-1, self.unrotated + 2 * self.frequencies.shape[1]))
         plain, turned = query.transpose(1, 2).split([self.unrotated, 2 * self.frequencies.shape[1]], dim=-1)
-        latent, rotary = self.kv_down(hidden_states)[:, None], self._rotary_keys(hidden_states)
-        if position_embeddings is not None:
-            group = query.shape[2] // len(self.frequencies)
-            turned = self._turned(turned, position_embeddings, group)
-            rotary = self._turned(rotary, position_embeddings, 1)
         cache = layer_past if past_key_values is None else past_key_values
-        if cache is not None:
-            latent, rotary = cache.update(latent, rotary, self.layer_idx)
+        state = self._state(hidden_states, position_embeddings, cache)
+        if position_embeddings is not None:
+            turned = self._turned(turned, position_embeddings, query.shape[2] // len(self.frequencies))
+            plain = plain if self.angles is None else rotate(plain, position_embeddings)
         form = _form.get()
         if form == "auto":
             form = "absorbed" if cache is not None and hidden_states.shape[1] == 1 else "unabsorbed"
-        attend = self._absorbed if form == "absorbed" else self._unabsorbed
-        mixed, weights = attend(plain, turned, latent, rotary, attention_mask, kwargs)
+        attend = self._absorbed if form == "absorbed" and self.absorbs else self._unabsorbed
+        mixed, weights = attend(plain, turned, state, attention_mask, kwargs)
         output: torch.Tensor = self.resid_dropout(self.out_proj(mixed.flatten(2)))
         return output, weights
+
+    def _state(self, hidden: torch.Tensor, positions: Tables | None, cache: Any) -> State:
+        """The owner's, or that of this layer, whose new tokens go into the cache."""
+        if self.kv_down is None:
+            found: State = self.slot.take()
+            return found
+        latent, rotary = self.kv_down(hidden)[:, None], self._rotary_keys(hidden)
+        if positions is not None:
+            rotary = self._turned(rotary, positions, 1)
+        if cache is not None:
+            latent, rotary = cache.update(latent, rotary, self.layer_idx)
+        tables = None
+        if self.angles is not None and positions is not None:
+            tables = with_past(positions, self.angles, latent.shape[2])
+        state = State(latent, rotary, tables)
+        if self.slot.readers:
+            self.slot.put(state)
+        return state
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether there is an absorbed form."""
+        return self.angles is None
+
+    def lend_to(self, reader: LatentAttention) -> None:
+        """Let a later layer read this one's state."""
+        reader.slot = self.slot
+        self.slot.readers += 1
 
     def _rotary_keys(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, M, T, R), not turned yet."""
@@ -134,7 +182,7 @@ class LatentAttention(nn.Module):
         keys: torch.Tensor = self.rotary_key(hidden).unflatten(-1, (count, 2 * pairs)).transpose(1, 2)
         return keys
 
-    def _turned(self, heads: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor], group: int) -> torch.Tensor:
+    def _turned(self, heads: torch.Tensor, positions: Tables, group: int) -> torch.Tensor:
         """Rotate (B, M * group, T, R) by angles whose cosines and sines are (B, T, F), twice over."""
         cos, sin = (table[..., self.frequencies].transpose(1, 2) for table in positions)
         cos, sin = (
@@ -147,16 +195,17 @@ class LatentAttention(nn.Module):
         self,
         plain: torch.Tensor,
         turned: torch.Tensor,
-        latent: torch.Tensor,
-        rotary: torch.Tensor,
+        state: State,
         mask: torch.Tensor | None,
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, T, P) and (B, N, T, R) queries, (B, 1, S, r) latents, (B, M, S, R) rotary keys -> (B, T, N, H)."""
+        """(B, N, T, P) and (B, N, T, R) queries -> (B, T, N, H)."""
+        latent, rotary, tables = state
         value = self.v_up(latent[:, 0]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         parts = [rotary.expand(-1, self.kv_heads, -1, -1)]
         if self.k_up is not None:
-            parts.insert(0, self.k_up(latent[:, 0]).unflatten(-1, (-1, self.unrotated)).transpose(1, 2))
+            keys = self.k_up(latent[:, 0]).unflatten(-1, (-1, self.unrotated)).transpose(1, 2)
+            parts.insert(0, keys if tables is None else rotate(keys, tables))
         key, query = torch.cat(parts, dim=-1), torch.cat([plain, turned], dim=-1)
         # Fused kernels want queries, keys and values of one width.
         width = max(key.shape[-1], self.head_dim)
@@ -168,12 +217,12 @@ class LatentAttention(nn.Module):
         self,
         plain: torch.Tensor,
         turned: torch.Tensor,
-        latent: torch.Tensor,
-        rotary: torch.Tensor,
+        state: State,
         mask: torch.Tensor | None,
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same; all query heads read one head, which is the latent with the rotary keys behind it."""
+        latent, rotary, _ = state
         rank, count = latent.shape[-1], len(self.frequencies)
         parts = [latent, rotary.transpose(1, 2).flatten(2)[:, None]]
         queries = [plain.new_zeros(*plain.shape[:3], rank)]
@@ -219,11 +268,6 @@ class _Caller:
     def __init__(self, module: LatentAttention, group: int) -> None:
         self.num_key_value_groups = group
         self.training, self.is_causal, self.config = module.training, module.is_causal, module.config
-
-
-def _dropout(original: Any) -> float:
-    found = getattr(original.config, "attention_dropout", None)
-    return float(getattr(original.config, "attn_pdrop", 0.0) if found is None else found)
 
 
 def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

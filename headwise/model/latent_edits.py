@@ -64,12 +64,14 @@ class ShareLayers:
         owner: index of the layer that is read.
         rank: numbers of the owner's latent, from which this layer computes keys and values of its own; 0 where it
             takes the owner's keys and values as they are.
+        unrotated: of a layer with a kv cache that reads a latent, see ``AttentionLayout``.
     """
 
     type: ClassVar[str] = "share-layers"
     layer: int
     owner: int
     rank: int
+    unrotated: int = 0
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the owner comes first and the heads have keys and values of their own."""
@@ -82,14 +84,15 @@ class ShareLayers:
             )
 
     def apply(self, layout: AttentionLayout) -> AttentionLayout:
-        return replace(layout, latent=self.rank, owner=self.owner)
+        return replace(layout, latent=self.rank, owner=self.owner, unrotated=self.unrotated)
 
     def to_json(self) -> dict[str, Any]:
-        return {"type": self.type, "layer": self.layer, "owner": self.owner, "rank": self.rank}
+        names = ("owner", "rank", "unrotated") if self.unrotated else ("owner", "rank")
+        return {"type": self.type, "layer": self.layer, **{name: getattr(self, name) for name in names}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShareLayers:
-        return cls(layer=int(data["layer"]), owner=int(data["owner"]), rank=int(data["rank"]))
+        return cls(**{name: int(value) for name, value in data.items() if name != "type"})
 
 
 def _refuse(layer: int, layout: AttentionLayout) -> None:

@@ -15,12 +15,14 @@ from torch import nn
 
 from headwise.model.access import attribute, hooked
 from headwise.model.latent import LatentProjections, lend, read_from
+from headwise.model.latent_attention import LatentAttention
 from headwise.model.latent_edits import LatentKV, ShareLayers
 from headwise.model.latent_swap import RotaryLatent, empty_swap, swap, swapped_twin
 from headwise.model.layout import AttentionLayout
+from headwise.model.lent_cache import lend_cache
 from headwise.model.projections import Projections
 from headwise.model.view import AttentionView, ModelView
-from headwise.model.writing import write, written
+from headwise.model.writing import separate, separated, write, written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +91,11 @@ def latent_kv(view: AttentionView, layout: AttentionLayout, weights: LatentWeigh
     write(view, _with_latent(view.read(), weights), layout)
 
 
-def share_layers(model: ModelView, edit: ShareLayers, payload: LatentWeights | LentHeads | None) -> None:
+def share_layers(model: ModelView, edit: ShareLayers, payload: LatentWeights | RotaryLatent | LentHeads | None) -> None:
     """Let a layer read its owner's latent, or its keys and values."""
     view, owner = model.attention[edit.layer], model.attention[edit.owner]
     layout = edit.apply(view.layout)
-    if isinstance(payload, LatentWeights):
+    if isinstance(payload, LatentWeights | RotaryLatent):
         latent_kv(view, layout, payload)
     elif isinstance(payload, LentHeads):
         write(owner, payload.put_into(owner.read()), owner.layout)
@@ -101,13 +103,20 @@ def share_layers(model: ModelView, edit: ShareLayers, payload: LatentWeights | L
 
 
 def connect(view: AttentionView, owner: AttentionView, layout: AttentionLayout) -> None:
-    """Let the projections of a layer read what those of its owner leave; its own weights are there already."""
-    paths = view.family.key, view.family.value
-    if layout.latent:
-        read_from(owner.module, view.module, paths)
+    """Let a layer read what its owner leaves; its own weights are there already."""
+    if isinstance(owner.module, LatentAttention) and isinstance(view.module, LatentAttention):
+        owner.module.lend_to(view.module)
         return
-    old = view.read()
-    lend(owner.module, paths, view.module)
+    if layout.latent:
+        read_from(owner.module, view.module, (view.family.key, view.family.value))
+        return
+    if view.caches:
+        separate(view)
+    old, paths = view.read(), (view.family.key, view.family.value)
+    if view.caches:
+        lend_cache(owner.module, view.module, paths)
+    else:
+        lend(owner.module, paths, view.module)
     write(view, old, layout)
 
 
@@ -124,10 +133,9 @@ def _bias(old: Projections, weights: LatentWeights) -> torch.Tensor | None:
 
 def reshape_compressed(model: ModelView, view: AttentionView, layout: AttentionLayout) -> None:
     """Give a layer with plain projections the shapes of a compressed one, with zeros in them."""
-    if layout.cached_latent:
+    if layout.unrotated or layout.rotary:
         empty_swap(view, layout)
-        return
-    if layout.latent:
+    elif layout.latent:
         old = view.read()
         write(view, replace(old, latent=_empty(view, layout, old.key.shape[2])), layout)
     if layout.owner is not None:
@@ -159,7 +167,7 @@ def compressed_twins(model: ModelView, edits: Sequence[Any], payloads: Mapping[i
             if isinstance(edit, LatentKV):
                 view, payload = model.attention[edit.layer], payloads[position]
                 if isinstance(payload, RotaryLatent):
-                    stack.enter_context(swapped_twin(view, edit.apply(view.layout), payload))
+                    stack.enter_context(swapped_twin(view, edit.apply(view.layout), payload, down[edit.layer]))
                 else:
                     stack.enter_context(latent_twin(view, payload, down[edit.layer]))
             if isinstance(edit, ShareLayers):
@@ -199,7 +207,7 @@ def _or_zeros(bias: torch.Tensor | None, like: torch.Tensor | None) -> torch.Ten
 def shared_twin(
     model: ModelView,
     edit: ShareLayers,
-    payload: LatentWeights | LentHeads | None,
+    payload: LatentWeights | RotaryLatent | LentHeads | None,
     down: torch.Tensor | None,
 ) -> Iterator[None]:
     """The unedited layer, given its owner's input for keys and values, and weights of its own for that input.
@@ -212,9 +220,13 @@ def shared_twin(
     """
     view, owner = model.attention[edit.layer], model.attention[edit.owner]
     with ExitStack() as stack:
-        if isinstance(payload, LatentWeights):
+        if isinstance(payload, RotaryLatent):
+            stack.enter_context(swapped_twin(view, edit.apply(view.layout), payload, down))
+        elif isinstance(payload, LatentWeights):
             stack.enter_context(latent_twin(view, payload, down))
         else:
+            if view.caches:
+                stack.enter_context(separated(view))
             lent = owner.read()
             if isinstance(payload, LentHeads):
                 lent = payload.put_into(lent)
@@ -235,6 +247,8 @@ def _fed(view: AttentionView, owner: AttentionView) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(owner.watch_input(lambda inputs: seen.__setitem__("input", inputs)))
-        for path in (view.family.key, view.family.value):
+        # Behind latent attention's first projection there is no input of the layer.
+        latent = isinstance(view.module, LatentAttention)
+        for path in (view.family.key,) if latent else (view.family.key, view.family.value):
             stack.enter_context(hooked(attribute(view.module, path).register_forward_pre_hook(other)))
         yield

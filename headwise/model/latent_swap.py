@@ -21,13 +21,14 @@ from headwise.model.view import AttentionView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotaryLatent:
-    """The numbers of a ``LatentKV`` edit of a layer that has a kv cache.
+    """The numbers of a ``LatentKV`` or ``ShareLayers`` edit of a layer that has a kv cache.
 
     Attributes:
         projections: from the input to the latent, and from there to keys (K, P, r) and values (K, H, r).
         rotary: (M, R, D) rotary keys; ``rotary_bias`` (M, R), or None where keys have no bias.
         frequencies: (M, R / 2).
         query_maps: (K, P + R, H) from the old queries of the readers of a kv head to the new ones.
+        angles: (F,) where positions turn the keys that come from the latent; None where they do not.
     """
 
     projections: LatentProjections
@@ -35,6 +36,7 @@ class RotaryLatent:
     rotary_bias: torch.Tensor | None
     frequencies: torch.Tensor
     query_maps: torch.Tensor
+    angles: torch.Tensor | None = None
 
 
 def swap(view: AttentionView, layout: AttentionLayout, payload: RotaryLatent) -> None:
@@ -65,6 +67,7 @@ def swap(view: AttentionView, layout: AttentionLayout, payload: RotaryLatent) ->
         rotary=given(payload.rotary),
         rotary_bias=cast(payload.rotary_bias),
         frequencies=payload.frequencies,
+        angles=payload.angles,
     )
     trainable = next(view.module.parameters()).requires_grad
     module = LatentAttention(view.module, (old.output.flatten(1), old.output_bias), weights)
@@ -74,12 +77,21 @@ def swap(view: AttentionView, layout: AttentionLayout, payload: RotaryLatent) ->
 
 
 @contextmanager
-def swapped_twin(view: AttentionView, layout: AttentionLayout, payload: RotaryLatent) -> Iterator[None]:
-    """Latent attention whose latent is the layer's input: the projections by way of the latent, multiplied out."""
+def swapped_twin(
+    view: AttentionView, layout: AttentionLayout, payload: RotaryLatent, down: torch.Tensor | None
+) -> Iterator[None]:
+    """Latent attention whose latent is the layer's input: the projections by way of the latent, multiplied out.
+
+    Args:
+        view: the layer.
+        layout: where its edit lands.
+        payload: the numbers of the edit.
+        down: (r, D) that computes the latent, in this layer or in its owner; None where it is the input.
+    """
     module, family, before = view.module, view.family, view.layout
-    key, value = payload.projections.dense(payload.projections.down)
-    dense = replace(payload.projections, down=None, key=key, value=value)
-    swap(view, replace(layout, latent=key.shape[2]), replace(payload, projections=dense))
+    key, value = payload.projections.dense(down)
+    dense = replace(payload.projections, owns=True, down=None, key=key, value=value)
+    swap(view, replace(layout, latent=key.shape[2], owner=None), replace(payload, projections=dense))
     try:
         yield
     finally:
@@ -94,12 +106,14 @@ def empty_swap(view: AttentionView, layout: AttentionLayout) -> None:
     heads, H, width = len(layout.kv), layout.head_dim, old.key.shape[2]
     M, r, P = layout.rotary_heads, layout.latent, layout.unrotated
     R = layout.rotary // M
+    owns, turned = layout.owner is None, 0 if layout.rotary else view.rotated
     projections = LatentProjections(
-        owns=True,
-        down=None if r == width else zeros(r, width),
+        owns=owns,
+        down=zeros(r, width) if owns and r != width else None,
         key=zeros(heads, P, r),
         value=zeros(heads, H, r),
-        key_bias=None,
+        # Queries see a constant in keys that are turned behind it.
+        key_bias=zeros(heads, P) if turned else None,
         value_bias=zeros(heads, H),
     )
     swap(
@@ -111,5 +125,6 @@ def empty_swap(view: AttentionView, layout: AttentionLayout) -> None:
             rotary_bias=None if old.key_bias is None else zeros(M, R),
             frequencies=torch.zeros(M, R // 2, dtype=torch.long),
             query_maps=zeros(heads, P + R, H),
+            angles=torch.zeros(turned // 2) if turned else None,
         ),
     )

@@ -35,7 +35,8 @@ class AttentionLayout:
         rotary: numbers per token of rotary keys beside the latent, of all ``rotary_heads`` together.
         rotary_heads: 1 where all heads share one rotary key, or one per kv head.
         unrotated: width of the part of every query that meets keys from the latent; 0 where the class of the original
-            runs the layer, whose queries are as they were.
+            runs the layer, whose queries are as they were. Without rotary keys beside the latent, rotary positions turn
+            the keys that come from it.
         owner: the layer whose latent, or whose keys and values, this one reads; None where it has its own.
     """
 
@@ -88,6 +89,8 @@ class AttentionLayout:
     @property
     def cached(self) -> tuple[CacheTensor, ...]:
         """What a kv cache holds of this layer; classes of transformers keep keys and values of all heads."""
+        if self.owner is not None:
+            return ()
         if self.cached_latent:
             latent = CacheTensor(name="latent", shape=(1, self.latent))
             shape = (self.rotary_heads, self.rotary // self.rotary_heads)

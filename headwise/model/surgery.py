@@ -68,7 +68,7 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 assert isinstance(payload, LatentWeights | RotaryLatent), "passes give every edit its numbers"
                 latent_kv(layer, edit.apply(layer.layout), payload)
             case ShareLayers():
-                assert not isinstance(payload, SharedKV | RotaryLatent), "passes give every edit its own numbers"
+                assert not isinstance(payload, SharedKV), "passes give every edit its own numbers"
                 share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)

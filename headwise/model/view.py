@@ -25,6 +25,7 @@ from headwise.model.grouped import GroupedAttention
 from headwise.model.latent import Borrowed, LatentProjections, read_latent
 from headwise.model.latent_attention import LatentAttention, fits
 from headwise.model.layout import AttentionLayout, Layout
+from headwise.model.lent_cache import Absent
 from headwise.model.mlp import MlpView
 from headwise.model.projections import Projections
 from headwise.model.timm_attention import unpack_timm
@@ -76,13 +77,18 @@ class AttentionView:
             found = read_latent(*self._latent_modules(), H)
             return found.key.shape == found.value.shape == (len(layout.kv), H, layout.latent)
         if layout.owner is not None:
-            return isinstance(attribute(self.module, self.family.key), Borrowed)
+            return isinstance(attribute(self.module, self.family.key), Borrowed | Absent)
         rows = [len(heads) * H for heads in (layout.scoring, layout.keyed, layout.kv)]
         family = self.family
         paths = [family.query] if family.fused else [family.query, family.key, family.value]
         have = [self._matrix(attribute(self.module, path))[0].shape[0] for path in paths]
         width = self._matrix(self.output)[0].shape[1]
         return have == ([sum(rows)] if family.fused else rows) and width == len(layout.query) * H
+
+    @property
+    def caches(self) -> bool:
+        """Whether the layer is run with a kv cache of its own."""
+        return self.family.causal and not self.family.decoder
 
     @property
     def rotated(self) -> int:

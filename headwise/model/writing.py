@@ -48,10 +48,30 @@ def write(view: AttentionView, new: Projections, layout: AttentionLayout) -> Non
 
 
 def _regroup(view: AttentionView) -> None:
-    """Put a module that runs with fewer kv than query heads in the place of one that does not."""
+    """Put a module with separate projections, of any number of heads each, in the place of the original one."""
     view.module = GroupedAttention(view.module, view.layout.head_dim)
     assign(view.block, view.family.attention, view.module)
     view.family = view.family.regrouped()
+
+
+def separate(view: AttentionView) -> None:
+    """Give a layer that stores queries, keys and values in one matrix a module with one each; the function stays."""
+    if view.family.fused:
+        old = view.read()
+        _regroup(view)
+        write(view, old, view.layout)
+
+
+@contextmanager
+def separated(view: AttentionView) -> Iterator[None]:
+    """The same while the block runs."""
+    module, family, layout = view.module, view.family, view.layout
+    separate(view)
+    try:
+        yield
+    finally:
+        assign(view.block, family.attention, module)
+        view.module, view.family, view.layout = module, family, layout
 
 
 def _fused(view: AttentionView, parts: list[torch.Tensor]) -> torch.Tensor:

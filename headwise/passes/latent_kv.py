@@ -13,10 +13,20 @@ from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.latent import latent_cost
 from headwise.model.latent_edits import LatentKV
+from headwise.model.latent_surgery import LatentWeights
+from headwise.model.latent_swap import RotaryLatent
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
-from headwise.passes.latent_rotary import RotarySplit, refuse_cached, rest_reader, rotary_latent
+from headwise.passes.latent_rotary import (
+    RotarySplit,
+    refuse_cached,
+    refuse_turned,
+    rest_reader,
+    rotary_latent,
+    turned_latent,
+    turned_reader,
+)
 from headwise.passes.latent_weights import LatentProblem, Reader
 from headwise.passes.recovery import Recovery
 
@@ -26,7 +36,7 @@ class LatentKVPass(Pass):
 
     name: ClassVar[str] = "latent-kv"
     summary: ClassVar[str] = "keys and values of all heads from one small latent per token (MHA or GQA to MLA)"
-    paper: ClassVar[str] = "arXiv 2502.07864, 2603.17946"
+    paper: ClassVar[str] = "arXiv 2502.07864, 2603.17946, 2407.21118"
 
     rank: int | tuple[int, ...] | None = None
     """Numbers per token of the latent: one for all layers, or one per layer. A layer in which a latent of this size
@@ -42,9 +52,11 @@ class LatentKVPass(Pass):
     """Weight errors of keys and values by what queries and output projection make of them."""
     balanced: bool = True
     """Give keys and values the same say, whatever their sizes."""
-    route: Literal["merge", "heads"] = "merge"
+    route: Literal["merge", "heads", "rebuild"] = "merge"
     """Of decoders with rotary positions: ``merge`` keeps one rotary key for all heads, in a basis of principal
-    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA)."""
+    components over heads (TransMLA); ``heads`` keeps pairs of coordinates of every head (MHA2MLA). ``rebuild`` has no
+    rotary key: keys of all heads come from the latent and are rotated then (Palu), the most accurate for its bytes,
+    but nothing can be absorbed."""
     rotary: int | None = Field(default=None, ge=2)
     """Numbers per token of the rotary keys of a layer; without it as many as one head has, or 2 for every head."""
     fold: int = Field(default=1, ge=1)
@@ -66,6 +78,8 @@ class LatentKVPass(Pass):
     def _one_size(self) -> LatentKVPass:
         if sum(given is not None for given in (self.rank, self.energy, self.budget)) != 1:
             raise ValueError("give one of rank, energy and budget")
+        if self.route == "rebuild" and self.rotary is not None:
+            raise ValueError("route: rebuild has no rotary keys beside the latent")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         if any(rank is not None and rank < 1 for rank in ranks):
             raise ValueError("a latent has at least one number per token")
@@ -80,8 +94,8 @@ class LatentKVPass(Pass):
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
             refuse_clustered(layer.index, layer.layout)
-            if cached(layer):
-                refuse_cached(layer)
+            if layer.caches:
+                refuse_turned(layer) if self.route == "rebuild" else refuse_cached(layer)
         solved = [self._problem(view, layer, stats) for layer in view.attention]
         problems = [problem for problem, _ in solved]
         ranks = self._ranks(view, problems, sum(0 if p is None else p.rotary.shape[:2].numel() for _, p in solved))
@@ -92,25 +106,40 @@ class LatentKVPass(Pass):
                 heads, width, _ = parts.rotary.shape
                 plain = parts.rest.shape[1]
                 rotary = {"rotary": heads * width, "rotary_heads": heads, "unrotated": plain}
+            elif layer.caches:
+                rotary = {"unrotated": layer.layout.head_dim}
             edits.append(LatentKV(layer=layer.index, rank=rank, **rotary))
             notes[layer.index] = describe_latent(layer, problem, rank)
         return EditPlan(edits=tuple(edits), notes=notes)
 
     def payloads(self, view: ModelView, stats: HeadStats, plan: EditPlan) -> Payloads:
-        found = {}
+        found: dict[int, LatentWeights | RotaryLatent] = {}
         for position, edit in enumerate(plan.edits):
             if isinstance(edit, LatentKV):
                 layer = view.attention[edit.layer]
                 problem, parts = self._problem(view, layer, stats)
                 (weights,) = problem.solve(edit.rank)
-                found[position] = weights if parts is None else rotary_latent(layer, parts, weights)
+                if parts is not None:
+                    found[position] = rotary_latent(layer, parts, weights)
+                else:
+                    found[position] = turned_latent(view, layer, weights) if layer.caches else weights
         return found
 
     def _problem(
         self, view: ModelView, layer: AttentionView, stats: HeadStats
     ) -> tuple[LatentProblem, RotaryParts | None]:
         """The latents of a layer, and of a layer with a kv cache what stays beside them."""
-        split = RotarySplit(
+        parts = None if not layer.caches or self.route == "rebuild" else self._split().parts(view, layer, stats)
+        if parts is not None:
+            reader = rest_reader(layer, stats, parts)
+        else:
+            reader = Reader.of(layer, stats)
+            reader = turned_reader(reader) if layer.caches else reader
+        moment, data = stats[Stat.INPUT_MOMENT][layer.index], self.method == "outputs"
+        return LatentProblem.of([reader], moment, data=data, weighted=self.weighted, balanced=self.balanced), parts
+
+    def _split(self) -> RotarySplit:
+        return RotarySplit(
             merged=self.route == "merge",
             numbers=self.rotary,
             fold=self.fold,
@@ -118,10 +147,6 @@ class LatentKVPass(Pass):
             select=self.select,
             distance=self.distance,
         )
-        parts = split.parts(view, layer, stats) if cached(layer) else None
-        reader = Reader.of(layer, stats) if parts is None else rest_reader(layer, stats, parts)
-        moment, data = stats[Stat.INPUT_MOMENT][layer.index], self.method == "outputs"
-        return LatentProblem.of([reader], moment, data=data, weighted=self.weighted, balanced=self.balanced), parts
 
     def _ranks(self, view: ModelView, problems: list[LatentProblem], rotary: int) -> list[int]:
         """Numbers per latent; ``rotary`` numbers of all layers are taken already."""
@@ -146,11 +171,6 @@ class LatentKVPass(Pass):
                 fix="give one number for all layers, or one per layer",
             )
         return [min(rank, limit) for rank, limit in zip(wanted, full, strict=True)]
-
-
-def cached(layer: AttentionView) -> bool:
-    """Whether a layer is run with a kv cache of its own, in which the latent takes the place of keys and values."""
-    return layer.family.causal and not layer.family.decoder
 
 
 def describe_latent(layer: AttentionView, problem: LatentProblem, rank: int) -> str:

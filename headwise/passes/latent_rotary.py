@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from headwise.calibration.merge import pair_power
 from headwise.calibration.rotary import (
     Basis,
     RotaryParts,
@@ -26,6 +27,9 @@ from headwise.model.latent_swap import RotaryLatent
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.kv_weights import error_weights
 from headwise.passes.latent_weights import Reader
+
+_MOVING = ("dynamic", "longrope")
+"""Kinds of rotary positions in transformers whose frequencies depend on how long the text is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,18 @@ def refuse_cached(layer: AttentionView) -> None:
         )
 
 
+def refuse_turned(layer: AttentionView) -> None:
+    """Raise PlanError where keys from a latent cannot be turned as the class turns them."""
+    refuse_cached(layer)
+    given = getattr(getattr(layer.module, "config", None), "rope_parameters", None) or {}
+    if layer.rotated and given.get("rope_type", "default") in _MOVING:
+        raise PlanError(
+            f"layer {layer.index} has rotary positions of type {given['rope_type']}",
+            expected="frequencies that do not depend on the length of the text: keys of the past are turned anew",
+            fix="use share-kv, or latent-kv with another route, for this model",
+        )
+
+
 def rest_reader(layer: AttentionView, stats: HeadStats, parts: RotaryParts) -> Reader:
     """Values, and what is left of the keys, as the latent sees them."""
     reader = Reader.of(layer, stats)
@@ -133,4 +149,33 @@ def rotary_latent(layer: AttentionView, parts: RotaryParts, weights: LatentWeigh
         rotary_bias=parts.rotary[..., -1] if has_bias else None,
         frequencies=parts.frequencies,
         query_maps=parts.query_maps,
+    )
+
+
+def turned_reader(reader: Reader) -> Reader:
+    """Keys and values as a latent sees them whose keys are turned behind it, by whatever angle.
+
+    A query that is some tokens away meets a pair of coordinates at any angle, so that an error counts by the size of
+    the query's pair alone. Keys and values keep a bias where anybody sees it.
+    """
+    layer, weights = reader.layer, reader.key_weights.clone()
+    turned = layer.rotated
+    if turned:
+        power = pair_power(weights[:, :turned, :turned]).repeat(1, 2) / 2
+        weights[:, :turned], weights[:, :, :turned] = 0, 0
+        weights[:, :turned, :turned] = torch.diag_embed(power)
+    return replace(reader, key_weights=weights, keeps=(turned > 0, True))
+
+
+def turned_latent(view: ModelView, layer: AttentionView, weights: LatentWeights) -> RotaryLatent:
+    """The numbers of an edit whose keys come from the latent and are turned behind it."""
+    heads, H, _ = weights.projections.value.shape
+    pairs = layer.rotated // 2
+    return RotaryLatent(
+        projections=weights.projections,
+        rotary=torch.zeros(1, 0, layer.read().query.shape[2]),
+        rotary_bias=None if layer.read().key_bias is None else torch.zeros(1, 0),
+        frequencies=torch.zeros(1, 0, dtype=torch.long),
+        query_maps=torch.eye(H, dtype=torch.float64).repeat(heads, 1, 1),
+        angles=angles(view, pairs) if pairs else None,
     )

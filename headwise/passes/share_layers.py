@@ -12,13 +12,14 @@ from pydantic import Field, model_validator
 from headwise.calibration.cross import translator
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
+from headwise.model.access import attribute
 from headwise.model.edits import Edit, EditPlan, refuse_clustered
 from headwise.model.latent_edits import LatentKV, ShareLayers
 from headwise.model.latent_surgery import LentHeads, affine
 from headwise.model.surgery import Payloads
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
-from headwise.passes.latent_kv import cached
+from headwise.passes.latent_rotary import refuse_turned, turned_latent, turned_reader
 from headwise.passes.latent_weights import LatentProblem, Reader
 from headwise.passes.recovery import Recovery
 
@@ -78,8 +79,12 @@ class ShareLayersPass(Pass):
                 continue
             problem = self._problem([owner, *others], stats)
             rank = problem.width if self.rank is None else min(self.rank, problem.full)
-            edits.append(LatentKV(layer=owner.index, rank=rank))
-            edits += [ShareLayers(layer=other.index, owner=owner.index, rank=rank) for other in others]
+            plain = {layer.index: layer.layout.head_dim if layer.caches else 0 for layer in (owner, *others)}
+            edits.append(LatentKV(layer=owner.index, rank=rank, unrotated=plain[owner.index]))
+            edits += [
+                ShareLayers(layer=other.index, owner=owner.index, rank=rank, unrotated=plain[other.index])
+                for other in others
+            ]
             lost = "" if rank == problem.width else f"; one latent loses {problem.latent.lost(rank):.1%} of them"
             for other in others:
                 notes[other.index] = (
@@ -98,7 +103,10 @@ class ShareLayersPass(Pass):
                 edit = plan.edits[position[group[0]]]
                 assert isinstance(edit, LatentKV)
                 weights = self._problem(layers, stats).solve(edit.rank)
-                found |= {position[layer]: part for layer, part in zip(group, weights, strict=True)}
+                found |= {
+                    position[layer.index]: turned_latent(view, layer, part) if layer.caches else part
+                    for layer, part in zip(layers, weights, strict=True)
+                }
         return found  # type: ignore[return-value]
 
     def _groups(self, view: ModelView) -> list[tuple[int, ...]]:
@@ -123,7 +131,7 @@ class ShareLayersPass(Pass):
         return found
 
     def _neighbours(self, view: ModelView) -> tuple[tuple[int, ...], ...]:
-        kinds: dict[str, list[int]] = {}
+        kinds: dict[tuple[str, object], list[int]] = {}
         for layer in view.attention:
             kinds.setdefault(_kind(layer), []).append(layer.index)
         return tuple(
@@ -136,7 +144,8 @@ class ShareLayersPass(Pass):
         owner, *others = (view.attention[layer] for layer in group)
         for layer in (owner, *others):
             refuse_clustered(layer.index, layer.layout)
-            _refuse_cached(layer)
+            if layer.caches and self.how == "translate":
+                refuse_turned(layer)
         for other in others:
             alike = _kind(other) == _kind(owner) and owner.runs == other.runs == 1
             if not alike or other.index < owner.index:
@@ -155,26 +164,23 @@ class ShareLayersPass(Pass):
     def _problem(self, layers: Sequence[AttentionView], stats: HeadStats) -> LatentProblem:
         owner, *others = layers
         moment = stats[Stat.INPUT_MOMENT][owner.index]
-        constant = all(affine(layer) for layer in layers)
-        readers = [Reader.of(owner, stats)]
+        constant = all(layer.caches or affine(layer) for layer in layers)
+        readers = [_reader(owner, stats)]
         for other in others:
             found = translator(stats[Stat.CROSS_MOMENT][other.index], moment, constant=constant)
-            readers.append(Reader.of(other, stats, found))
+            readers.append(_reader(other, stats, found))
         return LatentProblem.of(readers, moment, data=True, weighted=self.weighted, balanced=self.balanced)
 
 
-def _kind(layer: AttentionView) -> str:
-    """The same for all layers of one kind in one stack: the path without the block's number."""
-    return re.sub(r"\d+", "*", layer.path)
+def _reader(layer: AttentionView, stats: HeadStats, translator: torch.Tensor | None = None) -> Reader:
+    reader = Reader.of(layer, stats, translator)
+    return turned_reader(reader) if layer.caches else reader
 
 
-def _refuse_cached(layer: AttentionView) -> None:
-    if cached(layer):
-        raise PlanError(
-            f"layer {layer.index} ({layer.family.name}) is run with a kv cache",
-            expected="a layer of an encoder: caches of transformers have an entry for every layer",
-            fix="use share-kv or latent-kv for this model",
-        )
+def _kind(layer: AttentionView) -> tuple[str, object]:
+    """The same for all layers of one kind in one stack: the path without the block's number, and the window."""
+    window = attribute(layer.module, layer.family.window) if layer.family.window else None
+    return re.sub(r"\d+", "*", layer.path), window
 
 
 def _heads(layer: AttentionView) -> tuple[int, int]:

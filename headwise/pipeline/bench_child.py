@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from headwise.device.arrays import Port
 from headwise.errors import HeadwiseError
 from headwise.export.random_inputs import Case
 from headwise.export.variants import Variant, open_variant
@@ -57,11 +56,11 @@ class Served:
         seconds = time.perf_counter() - start
         variant = self._variant
         names = ("runtime", "version", "device", "vocabulary", "cached", "longest", "bytes")
-        inputs = {name: [dtype.str, list(dims)] for name, (dtype, dims) in variant.inputs.items()}
+        inputs = {name: [port.dtype, list(port.dims)] for name, port in variant.inputs.items()}
         return {**{name: getattr(variant, name) for name in names}, "inputs": inputs, "load_seconds": seconds}
 
     def _prepare(self, order: Mapping[str, Any]) -> Answer:
-        others = {name: (np.dtype(dtype), tuple(dims)) for name, (dtype, dims) in order["others"].items()}
+        others = {name: Port(dtype, tuple(dims)) for name, (dtype, dims) in order["others"].items()}
         return {"shapes": self._variant.prepare(Case(**order["case"]), others)}
 
     def _call(self, order: Mapping[str, Any]) -> Answer:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import transformers
 
 from headwise.errors import DataError
+from headwise.export.decoder import DECODE
 from headwise.export.generate import Choose, generate, likeliest, sampled
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.model.checkpoint import load_checkpoint, read_tokenizer
@@ -192,7 +193,8 @@ def read_prompts(path: Path) -> list[str]:
 def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
     if not graph.exists():
         raise DataError(f"{graph} does not exist", expected="a graph", fix="check the path")
-    decoder = OrtDecoder(graph)
+    decode = graph.with_name(DECODE)
+    decoder = OrtDecoder(graph, decode=decode if decode != graph and decode.exists() else None)
     if home is None:
         raise DataError(
             f"no tokenizer: {graph} does not say which checkpoint it came from",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from headwise.export.decoder import DECODE
 from headwise.export.precision import Precision
 from headwise.export.quantize import Promise
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
@@ -53,3 +54,9 @@ class Graph:
     dense: Path
     scopes: tuple[str, ...]
     promises: tuple[Promise, ...] = ()
+
+    @property
+    def decode(self) -> Path | None:
+        """The graph for calls of one token per row, where the stage that made this one made one."""
+        path = self.path.with_name(DECODE)
+        return path if path.exists() else None

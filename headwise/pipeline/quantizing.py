@@ -12,13 +12,14 @@ import onnx
 
 from headwise.calibration.products import ReadInput, dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
+from headwise.device.runtimes import FULL
 from headwise.export.decode import decode_weights
 from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.smoothing import require_same, smooth
-from headwise.export.targets import CPU, FULL
+from headwise.export.targets import CPU
 from headwise.model.quantization import Codes, Matrix, QuantPlan
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import DECODED, GRAPH, Graph

@@ -11,15 +11,16 @@ from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, mod
 
 from headwise.calibration.data import DataSpec
 from headwise.calibration.tasks import FidelityOptions, TaskSpec
+from headwise.device.runtimes import ORT
 from headwise.errors import RecipeError, did_you_mean
 from headwise.export.precision import ExportSpec
-from headwise.export.targets import CPU, ORT, resolve_target
+from headwise.export.targets import CPU, resolve_target
 from headwise.gates.judge import GateSpec
 from headwise.passes import STEPS
 from headwise.passes.base import Pass
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.explain import explain
-from headwise.pipeline.speeds import UNTIMED
+from headwise.pipeline.speeds import refuse_untimed
 from headwise.spec import Spec
 
 KINDS = ("baseline", "pass", "onnx", "precision", "quantize", "engine")
@@ -127,18 +128,8 @@ class Recipe(Spec):
                     expected=f"a stage ({', '.join(names)}) or a kind ({', '.join(KINDS)})",
                     fix=did_you_mean(name, known),
                 )
-        self._refuse_untimed(dict(stages))
+        refuse_untimed(self.gate, dict(stages))
         return self
-
-    def _refuse_untimed(self, kinds: Mapping[str, str]) -> None:
-        """A limit on the speed of a stage that makes no graph."""
-        for name, limits in self.gate.stages.items():
-            if limits.min_speedup is not None and kinds.get(name, name) in UNTIMED:
-                raise RecipeError(
-                    f"gate.stages.{name}.min_speedup: this stage makes no graph that could be timed",
-                    expected="onnx, or the stage of a target",
-                    fix="set it for gate.stages.onnx, whose graph holds the passes before it",
-                )
 
     @property
     def edits(self) -> tuple[Pass, ...]:

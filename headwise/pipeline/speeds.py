@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from headwise.errors import RecipeError
 from headwise.gates.judge import GateSpec, Verdict
 from headwise.gates.speed import Speedup, judge_speed, speed_not_run, speed_words
 
@@ -23,6 +24,22 @@ def deployed(stages: Iterable[tuple[str, str]]) -> frozenset[str]:
     named = list(stages)
     engines = frozenset(name for name, kind in named if kind == "engine")
     return engines or frozenset(name for name, kind in named if kind == "onnx")
+
+
+def refuse_untimed(gate: GateSpec, kinds: Mapping[str, str]) -> None:
+    """Raise RecipeError for a limit on the speed of a stage that makes no graph.
+
+    Args:
+        gate: of the recipe.
+        kinds: name -> kind of every stage.
+    """
+    for name, limits in gate.stages.items():
+        if limits.min_speedup is not None and kinds.get(name, name) in UNTIMED:
+            raise RecipeError(
+                f"gate.stages.{name}.min_speedup: this stage makes no graph that could be timed",
+                expected="onnx, or the stage of a target",
+                fix="set it for gate.stages.onnx, whose graph holds the passes before it",
+            )
 
 
 def is_smaller(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Artifact
 from headwise.calibration.stats import Stat
+from headwise.device.cuda import gpu
 from headwise.errors import MachineError
-from headwise.export.cuda import gpu
-from headwise.export.decoder import export_model
-from headwise.export.graph import copy_graph, graph_inputs
+from headwise.export.decoder import DECODE
+from headwise.export.graph import copy_graph
 from headwise.export.listing import ListingSummary
-from headwise.export.ports import first_call
-from headwise.export.precision import convert_precision
 from headwise.export.profiles import engine_shapes
 from headwise.export.quantize import Promise
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine
-from headwise.gates.cost import graph_cost
 from headwise.gates.kernels import judge_kernels
-from headwise.model.attend import form
-from headwise.model.checkpoint import Checkpoint
 from headwise.model.saving import save_checkpoint
-from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
-from headwise.pipeline.forms import FORMS, choose_form
+from headwise.pipeline.exporting import Exporter
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
@@ -40,7 +33,7 @@ from headwise.pipeline.speeds import in_words
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.workspace import Workspace
 
-ENGINE = "model.engine"
+ENGINE, DECODE_ENGINE = "model.engine", "decode.engine"
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -59,6 +52,7 @@ class Stages:
         self.store = store
         self.monitor = monitor
         self.gatekeeper = Gatekeeper(workspace, results, store, monitor)
+        self.exporter = Exporter(workspace, self.gatekeeper, monitor)
 
     def baseline(self) -> tuple[StoredModel, Path]:
         """Measure the untouched model and export it, so that costs are compared graph with graph.
@@ -68,10 +62,10 @@ class Stages:
         """
         checkpoint = self.workspace.checkpoint
         with self.results.stage("baseline") as entry:
-            key = {"checkpoint": checkpoint.digest, **self._export_key()}
+            key = {"checkpoint": checkpoint.digest, **self.exporter.key()}
             # Measured first: labels that do not fit the outputs show before the time of an export is spent.
             measurements = self.gatekeeper.measure_reference(entry)
-            artifact = self._artifact(entry, key, lambda folder: self._export(checkpoint, folder))
+            artifact = self._artifact(entry, key, lambda folder: self.exporter.export(checkpoint, folder))
             entry.cost.update(artifact.info["graph"])
             self.gatekeeper.judge(entry, measurements, can_roll_back=False)
         return StoredModel(checkpoint.digest, None, checkpoint), artifact.path / GRAPH
@@ -110,9 +104,11 @@ class Stages:
     def export(self, model: StoredModel, dense: Path) -> Graph:
         """Export to ONNX; the graph has to give what the module gives, at several shapes."""
         with self.results.stage("onnx") as entry:
-            key = {"parent": model.digest, **self._export_key()}
-            artifact = self._artifact(entry, key, lambda folder: self._export(model.checkpoint, folder))
-            entry.record = {key: artifact.info[key] for key in ("parity", "nodes", "forms") if key in artifact.info}
+            key = {"parent": model.digest, **self.exporter.key()}
+            artifact = self._artifact(entry, key, lambda folder: self.exporter.export(model.checkpoint, folder))
+            entry.record = {
+                key: artifact.info[key] for key in ("parity", "nodes", "forms", "decode") if key in artifact.info
+            }
             graph = Graph(
                 path=artifact.path / GRAPH,
                 digest=artifact.digest,
@@ -130,7 +126,7 @@ class Stages:
             return graph
         with self.results.stage(spec.precision) as entry:
             key = {"parent": graph.digest, "precision": spec.precision, "keep_io": spec.keep_io, **versions("onnx")}
-            artifact = self._artifact(entry, key, lambda folder: self._convert(graph, folder))
+            artifact = self._artifact(entry, key, lambda folder: self.exporter.convert(graph, folder))
             path = artifact.path / GRAPH
             converted = replace(graph, path=path, digest=artifact.digest, precision=spec.precision)
             used = self._judge_graph(entry, artifact, converted, can_roll_back=True)
@@ -151,7 +147,7 @@ class Stages:
 
             def make(folder: Path) -> dict[str, Any]:
                 made = quantizer.for_tensorrt(options, body.precision, folder)
-                cost = self._graph_cost(folder / made["runs_as"], source.scopes)
+                cost = self.exporter.cost(folder / made["runs_as"], source.scopes)
                 return {**made, "graph": {**cost, "file_bytes": (folder / GRAPH).stat().st_size}}
 
             artifact = self._artifact(entry, key, make)
@@ -173,10 +169,12 @@ class Stages:
             def make(folder: Path) -> dict[str, Any]:
                 if options is None:
                     copy_graph(source.path, folder / GRAPH)
+                    if source.decode is not None:
+                        copy_graph(source.decode, folder / DECODE)
                     made: dict[str, Any] = {}
                 else:
                     made = quantizer.for_cpu(options, folder)
-                return {**made, "graph": self._graph_cost(folder / GRAPH, source.scopes)}
+                return {**made, "graph": self.exporter.cost(folder / GRAPH, source.scopes)}
 
             artifact = self._artifact(entry, key, make)
             if options is not None:
@@ -190,17 +188,25 @@ class Stages:
         with self.results.stage(engine_stage(name)) as entry:
             check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
             shapes = engine_shapes(graph.path, spec, sequence_limit(self.workspace.checkpoint))
+            single = shapes["decode"] if graph.decode is not None else {}
+            if single:
+                shapes = {**shapes, "decode": {}}
             key = {
                 "parent": graph.digest,
                 "target": [target.sm, target.runtime],
                 **shapes,
+                **({"single": single} if single else {}),
                 "workspace_mb": spec.workspace_mb,
                 "builder": installed_version(target.runtime),
             }
 
             def make(folder: Path) -> dict[str, Any]:
                 made = build_engine(graph.path, folder / ENGINE, target, **shapes, workspace_mb=spec.workspace_mb)
-                return {"engine": made.to_json()}
+                if graph.decode is None:
+                    return {"engine": made.to_json()}
+                out, memory = folder / DECODE_ENGINE, spec.workspace_mb
+                decode = build_engine(graph.decode, out, target, profiles=single, workspace_mb=memory)
+                return {"engine": {**made.to_json(), "decode_engine": decode.to_json()}}
 
             self.monitor.work("build", 0)
             try:
@@ -248,18 +254,6 @@ class Stages:
             entry.cost["latency"] = entry.cost["latency"] | in_words(entry.cost["latency"], *costs, gate.confidence)
         return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
 
-    def _export_key(self) -> dict[str, Any]:
-        examples, spec = self.workspace.examples, self.workspace.recipe.export
-        sequence = None if spec.sequence is None else spec.sequence.opt
-        axes = {name: list(varying) for name, varying in examples.dynamic_axes().items()}
-        # Only clustered layers have forms, and only their choice depends on there being engines.
-        clustered = any(entry.name == "cluster-heads" for entry in self.workspace.recipe.passes)
-        layout = self.workspace.checkpoint.layout
-        clustered |= layout is not None and any(layer.clustered for layer in layout.attention)
-        forms = [spec.clusters, bool(self.workspace.recipe.targets)] if clustered else []
-        sample = {"sample": examples.digest, "axes": axes, "sequence": sequence}
-        return {"opset": spec.opset, "clusters": forms, "cache": spec.cache, **sample, **versions("onnx")}
-
     def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
         checkpoint = model.checkpoint.copy()
@@ -277,50 +271,6 @@ class Stages:
         )
         save_checkpoint(checkpoint, view, folder / MODEL)
         return {"record": record.to_json()}
-
-    def _export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-        self.monitor.work("export", 0)
-        view = checkpoint.copy().view()
-        if not any(layer.clustered for layer in view.layout.attention):
-            return self._export_form(view, folder / GRAPH)
-        recipe = self.workspace.recipe
-        made = {}
-        for name in FORMS:
-            with form(name):
-                made[name] = self._export_form(view, folder / name / GRAPH)
-        choice = choose_form(
-            {name: info["graph"]["macs"] for name, info in made.items()},
-            self.gatekeeper.compare({name: folder / name / GRAPH for name in made}),
-            wanted=recipe.export.clusters,
-            engines=bool(recipe.targets),
-        )
-        for path in (folder / choice.form).iterdir():
-            path.rename(folder / path.name)
-        return {**made[choice.form], "forms": choice.to_json()}
-
-    def _export_form(self, view: ModelView, path: Path) -> dict[str, Any]:
-        scopes = [layer.path for layer in view.attention]
-        path.parent.mkdir(exist_ok=True)
-        info = export_model(view, self.workspace.examples, path, self.workspace.recipe.export)
-        return {
-            "graph": self._graph_cost(path, scopes),
-            "parity": [p._asdict() for p in info.parity],
-            "nodes": dict(info.nodes),
-            "scopes": scopes,
-        }
-
-    def _convert(self, graph: Graph, folder: Path) -> dict[str, Any]:
-        self.monitor.work("convert", 0)
-        spec = self.workspace.recipe.export
-        info = convert_precision(graph.path, folder / GRAPH, spec.precision, keep_io=spec.keep_io)
-        cost = self._graph_cost(folder / GRAPH, graph.scopes)
-        return {"graph": cost, "runs_on_cpu": info.runs_on_cpu, "casts": info.casts}
-
-    def _graph_cost(self, path: Path, scopes: Sequence[str]) -> dict[str, int]:
-        row = first_call(self.gatekeeper.cost_row(), graph_inputs(path))
-        shapes = {name: array.shape for name, array in row.items()}
-        cost = graph_cost(path, shapes, attention_scopes=scopes)
-        return {"macs": cost.macs, "attention_macs": cost.attention_macs, "file_bytes": cost.file_bytes}
 
 
 def _why_not_here(target: Target) -> str:

@@ -175,6 +175,12 @@ def _exactness_notes(report: Report) -> Iterator[str]:
             worst = max(entry["max_abs"] for entry in record["parity"])
             shapes = len({entry["shape"] for entry in record["parity"]})
             yield f"{stage['name']}: the graph differs from torch by {worst:.1g} at most, over {shapes} input shapes"
+        if record.get("decode"):
+            worst = max(entry["max_abs"] for entry in record["decode"]["parity"])
+            yield (
+                f"{stage['name']}: calls of one token have a graph of their own, with latent attention absorbed; it "
+                f"differs from torch by {worst:.1g} at most"
+            )
         if record.get("forms"):
             yield f"{stage['name']}: {_forms(record['forms'])}"
 
@@ -258,17 +264,22 @@ def engine_rows(report: Report) -> list[tuple[str, ...]]:
         if not engine:
             continue
         sm = f"sm{engine['sm']}"
-        listing = engine.get("listing") or {}
-        gemms = ", ".join(f"{count} {dtype}" for dtype, count in (listing.get("gemms") or {}).items())
-        rows.append(
-            (
-                engine["target"] + ("" if engine["target"] == sm else f" ({sm})"),
-                f"{engine['runtime']} {engine['version']}",
-                amount("file_bytes", engine["bytes"]),
-                seconds(engine["seconds"]),
-                str(listing.get("layers", ABSENT)),
-                str(listing.get("fused_attention", ABSENT)),
-                gemms or ABSENT,
-            )
-        )
+        name = engine["target"] + ("" if engine["target"] == sm else f" ({sm})")
+        rows.append(_engine_row(name, engine))
+        if engine.get("decode_engine"):
+            rows.append(_engine_row(f"{name}, single tokens", engine["decode_engine"]))
     return rows
+
+
+def _engine_row(name: str, engine: Mapping[str, Any]) -> tuple[str, ...]:
+    listing = engine.get("listing") or {}
+    gemms = ", ".join(f"{count} {dtype}" for dtype, count in (listing.get("gemms") or {}).items())
+    return (
+        name,
+        f"{engine['runtime']} {engine['version']}",
+        amount("file_bytes", engine["bytes"]),
+        seconds(engine["seconds"]),
+        str(listing.get("layers", ABSENT)),
+        str(listing.get("fused_attention", ABSENT)),
+        gemms or ABSENT,
+    )

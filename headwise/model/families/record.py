@@ -171,6 +171,7 @@ class Family:
             head_dim="head_dim",
             fused=False,
             interleaved=False,
+            transposed=False,
             ungrouped=False,
             bookkeeping={"num_key_value_groups": group_size},
         )
@@ -178,7 +179,7 @@ class Family:
     def with_latent(self) -> Family:
         """The record of ``LatentAttention`` in the place of this family's attention modules."""
         plain = self.regrouped()
-        return replace(plain, key="kv_down", value="v_up", caller="", transposed=False, per_head={}, bookkeeping={})
+        return replace(plain, key="kv_down", value="v_up", caller="", per_head={}, bookkeeping={})
 
 
 def query_heads(layout: AttentionLayout) -> int:

@@ -1,4 +1,4 @@
-"""Builds one engine. Runs as ``python -m headwise.export.engine_worker JOB RESULT`` in a process of its own.
+"""Builds one engine. Runs as ``python -m headwise.device.engine_worker JOB RESULT`` in a process of its own.
 
 The builder aborts the process on some graphs, keeps the first logger it ever got, and cannot be interrupted; none of
 that may reach the caller. JOB and RESULT are JSON files; a missing RESULT means that the process died.

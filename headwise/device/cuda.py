@@ -52,6 +52,20 @@ def gpu() -> Gpu | None:
     return Gpu(name=name.value.decode(), sm=10 * major.value + minor.value)
 
 
+def require_gpu() -> Gpu:
+    """The first GPU.
+
+    Raises:
+        MachineError: there is none.
+    """
+    found = gpu()
+    if found is None:
+        raise MachineError(
+            "no GPU", expected="a CUDA device and its driver", fix="run this step on a machine with an NVIDIA GPU"
+        )
+    return found
+
+
 class DeviceMemory:
     """One stream and named, growing device buffers in the primary context of the first GPU.
 
@@ -60,12 +74,8 @@ class DeviceMemory:
     """
 
     def __init__(self) -> None:
-        library = _library()
-        if library is None or gpu() is None:
-            raise MachineError(
-                "no GPU", expected="a CUDA device and its driver", fix="run this step on a machine with an NVIDIA GPU"
-            )
-        self._cuda = library
+        require_gpu()
+        self._cuda: Any = _library()
         self._buffers: dict[str, tuple[ctypes.c_uint64, int]] = {}
         self._device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(self._device), 0)
@@ -115,6 +125,12 @@ class DeviceMemory:
         pointer, _ = self._buffers[name]
         self._call("cuMemcpyDtoH_v2", array.ctypes.data_as(ctypes.c_void_p), pointer, ctypes.c_size_t(array.nbytes))
         return array
+
+    def free(self) -> int:
+        """Bytes of device memory that nobody has taken; on a Jetson the memory is that of the CPU, too."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return int(free.value)
 
     def close(self) -> None:
         """Free the buffers, the stream and the context."""
