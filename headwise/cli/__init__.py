@@ -22,6 +22,7 @@ from headwise.cli.common import (
     show_or_dump,
 )
 from headwise.cli.text import cost, generate
+from headwise.errors import RecipeError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -116,7 +117,11 @@ def compress(
     was interrupted, and makes again only what a change to its inputs asks for.
     """
     if tiny and dry_run:
-        raise click.UsageError("--dry-run checks the real checkpoint and --tiny runs another one: give one of the two")
+        raise RecipeError(
+            "--tiny and --dry-run together",
+            expected="one of them: --dry-run checks the real checkpoint, --tiny runs another one",
+            fix="leave one out",
+        )
     with progress() as monitor:
         from headwise.pipeline.report import terminal
         from headwise.pipeline.run import check, compress

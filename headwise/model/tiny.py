@@ -19,6 +19,7 @@ _COUNTS = (
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
     *("n_layer", "n_layers"),
 )
+_STAGES = frozenset({"stage_names", "out_features", "out_indices", "_out_features", "_out_indices"})
 _SEED = 0
 
 
@@ -77,6 +78,8 @@ def shortened(values: dict[str, Any]) -> dict[str, Any]:
     for key, entry in found.items():
         if isinstance(entry, list) and "layer" in key and len(entry) in counts.values():
             found[key] = [entry[index] for index in kept if index < len(entry)]
+    # The names of stages are made from the number of layers.
+    found = {key: entry for key, entry in found.items() if key not in _STAGES}
     return found | {key: min(count, LAYERS) for key, count in counts.items()}
 
 

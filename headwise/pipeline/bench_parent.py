@@ -13,7 +13,7 @@ from headwise.errors import HeadwiseError
 
 _POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SECONDS_TO_END = 5
-_CLASSES = {cls.__name__: cls for cls in (HeadwiseError, *HeadwiseError.__subclasses__())}
+_CLASSES: dict[str, type[HeadwiseError]] = {cls.__name__: cls for cls in HeadwiseError.__subclasses__()}
 
 
 class Child:
@@ -80,7 +80,7 @@ class Child:
                     expected="a model that runs on these inputs",
                     fix="see the lines above; --seq has to be a length that all models take",
                 )
-            raise _CLASSES[name](f"{self.label}: {found}", expected=expected, fix=fix)
+            raise _CLASSES.get(name, HeadwiseError)(f"{self.label}: {found}", expected=expected, fix=fix)
         return answer
 
     def close(self) -> None:
