@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -148,6 +149,11 @@ def server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     }
     (tmp_path / "config").write_text("".join(f"{key} {value}\n" for key, value in options.items()))
     log = (tmp_path / "log").open("w")
+    run = Path("/run/sshd")
+    # What its service makes before it starts the server.
+    made = os.geteuid() == 0 and not run.exists()
+    if made:
+        run.mkdir()
     process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(tmp_path / "config")], stderr=log)
     try:
         for _ in range(100):
@@ -160,6 +166,8 @@ def server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
         process.terminate()
         process.wait()
         log.close()
+        if made:
+            run.rmdir()
 
 
 @pytest.mark.skipif(not SSHD, reason="sshd is not installed (openssh-server)")

@@ -39,7 +39,7 @@ from headwise.errors import DataError
     help="Of intervals.",
 )
 @click.option("--roofline", is_flag=True, help="Print what --gpu could reach with one graph at best; measures nothing.")
-@click.option("--gpu", help="For --roofline: rtx-3060, l4, h100, orin-nx, ...")
+@click.option("--gpu", help="For --roofline: rtx-3060, l4, h100, jetson-orin-nx, ...")
 @click.option("--ssh", "host", help="USER@BOARD: copy one bundle there, verify and time it, and bring the result back.")
 @click.option("-p", "--port", type=click.IntRange(1, 65535), help="For --ssh.")
 @click.option("-i", "--identity", help="For --ssh: a key file.")

@@ -35,9 +35,9 @@ GPUS: Mapping[str, Gpu] = {
     "a100": Gpu(bandwidth=2039, tflops={"fp32": 156, "fp16": 312, "int8": 624}),
     "h100": Gpu(bandwidth=3350, tflops={"fp32": 494, "fp16": 989, "int8": 1979, "fp8": 1979}),
     "h200": Gpu(bandwidth=4800, tflops={"fp32": 494, "fp16": 989, "int8": 1979, "fp8": 1979}),
-    "orin-nano": Gpu(bandwidth=68, tflops={"fp32": 5.1, "fp16": 10.2, "int8": 20.5}),
-    "orin-nx": Gpu(bandwidth=102, tflops={"fp32": 7.5, "fp16": 15, "int8": 30}),
-    "agx-orin": Gpu(bandwidth=205, tflops={"fp32": 21, "fp16": 42.5, "int8": 85}),
+    "jetson-orin-nano": Gpu(bandwidth=68, tflops={"fp32": 5.1, "fp16": 10.2, "int8": 20.5}),
+    "jetson-orin-nx": Gpu(bandwidth=102, tflops={"fp32": 7.5, "fp16": 15, "int8": 30}),
+    "jetson-agx-orin": Gpu(bandwidth=205, tflops={"fp32": 21, "fp16": 42.5, "int8": 85}),
 }
 
 
