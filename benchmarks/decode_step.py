@@ -29,7 +29,7 @@ from headwise.gates.cost import device_name
 from headwise.model import surgery
 from headwise.model.cache import is_past
 from headwise.model.edits import ShareKV
-from headwise.model.latent_attention import Form, latent_form
+from headwise.model.latent_form import Form, latent_form
 from headwise.model.layout import AttentionLayout
 from headwise.model.view import ModelView
 

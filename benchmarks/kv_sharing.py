@@ -47,17 +47,18 @@ SHARING: dict[str, Row] = {
 CLUSTERING: dict[str, Row] = {
     "attention maps": {"affinity": "maps", "refit": False},
     "change of the output": {"refit": False},
-    "change of the output, refit": {},
+    "change of the output, refit": {"refit_mlp": False},
+    "change of the output, refit with MLPs": {},
 }
 KV_HEADS = (6, 4, 3, 2)
 CLUSTERS = (6, 4)
 METHODS = (
     *(("share-kv", "subspace, refit", {"kv_heads": n}) for n in KV_HEADS),
-    *(("cluster-heads", "change of the output, refit", {"clusters": n}) for n in CLUSTERS),
-    ("cluster-heads", "change of the output, refit", {"ratio": 0.5}),
+    *(("cluster-heads", "change of the output, refit with MLPs", {"clusters": n}) for n in CLUSTERS),
+    ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5}),
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
     *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[::3]),
-    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:2]),
+    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:3]),
 )
 """In the order in which they are measured: what is recommended comes first."""
 GRID: tuple[tuple[str, int, Row], ...] = (
@@ -65,6 +66,7 @@ GRID: tuple[tuple[str, int, Row], ...] = (
     ("share-kv", 2048, {"kv_heads": 6, "rounds": 0}),
     ("share-kv", 2048, {"kv_heads": 6, "weighted": False}),
     *(("cluster-heads", n, {"clusters": 6, "ridge": ridge}) for n in (512, 2048) for ridge in (0.01, 0.1, 1.0)),
+    *(("cluster-heads", 1024, {"clusters": n, "refit_mlp": mlp}) for n in CLUSTERS for mlp in (False, True)),
 )
 LANGUAGE_KV_HEADS = (2, 1)
 LENGTH = 128
@@ -117,7 +119,10 @@ def main(threads: int) -> None:
 @click.option("--samples", default=2048, show_default=True, help="Calibration pairs.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the models with refit, for `engines`.")
 @click.option("--resume", is_flag=True, help="Keep the rows of a run that was cut short, made by the same code.")
-def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool, **files: str) -> None:
+@click.option("--only", multiple=True, help="Methods to measure, by name; with --resume.")
+def methods(
+    out: Path, model: str, samples: int, keep: Path | None, resume: bool, only: Sequence[str], **files: str
+) -> None:
     """Every method, with the passes' default options."""
     bench, train = sts_bench(model, files)
     calibration = bench.calibration(sample(train, samples, seed=0))
@@ -125,7 +130,9 @@ def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool
     rows = RESULTS.rows(out, "methods", facts) if resume else []
     done = [(row["pass"], row["options"]) for row in rows]
     for name, method, options in METHODS:
-        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done:
+        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done or (
+            only and method not in only
+        ):
             continue
         candidate, made = compress(bench, calibration, name, options)
         inputs = {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)}
@@ -142,7 +149,7 @@ def methods(out: Path, model: str, samples: int, keep: Path | None, resume: bool
 @common
 @sts_files("train", "dev")
 def options(out: Path, model: str, **files: str) -> None:
-    """Calibration size, ridge, rounds and weights, on dev."""
+    """Calibration size, ridge, rounds, weights, and MLPs, on dev."""
     bench, train = sts_bench(model, files)
     facts, rows = bench.facts(), []
     for name, samples, options in GRID:
@@ -157,17 +164,20 @@ def options(out: Path, model: str, **files: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Results, no suffix.")
 @click.option("--models", type=click.Path(path_type=Path, exists=True), required=True, help="What `methods` kept.")
 @click.option("--target", default="sm86", show_default=True, help="Built for this GPU, which is not needed.")
-def engines(out: Path, models: Path, target: str) -> None:
+@click.option("--resume", is_flag=True, help="Keep the rows of models that are not in the folder any more.")
+def engines(out: Path, models: Path, target: str, resume: bool) -> None:
     """FP16 engines of the kept models, built but not run, and the kernels in them."""
-    rows = []
-    for folder in sorted(path for path in models.iterdir() if path.is_dir()):
+    folders = sorted(path for path in models.iterdir() if path.is_dir())
+    old = RESULTS.rows(out, "engines", {"target": target}) if resume else []
+    rows = [row for row in old if row["model"] not in {folder.name for folder in folders}]
+    for folder in folders:
         checkpoint = load_checkpoint(folder)
         clustered = any(layer.clustered for layer in checkpoint.view().layout.attention)
         forms: tuple[Form, ...] = ("gathered", "fused") if clustered else ("fused",)
         for name in forms:
             rows.append({"model": folder.name, "form": name, **engine(checkpoint, target, name)})
             say(rows[-1])
-    RESULTS.save(out, "engines", {"target": target, "rows": rows})
+            RESULTS.save(out, "engines", {"target": target, "rows": rows})
 
 
 @main.command()
@@ -299,11 +309,12 @@ def options_text(part: Row) -> str:
             f"{row['options']['ridge']:g}",
             str(row["options"].get("rounds", "")),
             str(row["options"].get("weighted", "")).lower(),
+            str(row["options"].get("refit_mlp", "")).lower(),
             both(row["dev"]),
         ]
         for row in part["rows"]
     ]
-    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "dev"]
+    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "MLPs", "dev"]
     return "## Options on STS-B dev\n\nThe last column is Spearman x 100 / fidelity, as above.\n\n" + table(head, body)
 
 

@@ -1,26 +1,27 @@
 """Latent keys and values and layers that share them, measured without training: STS-B, and a small language model.
 
-Two commands, each of which writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
+Three commands, each of which writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
 
     python benchmarks/latent_kv.py sts      --out OUT --model DIR --train FILE --test FILE
+    python benchmarks/latent_kv.py push     --out OUT --model DIR --train FILE --dev FILE --test FILE
     python benchmarks/latent_kv.py language --out OUT --model DIR --text FILE
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from common import Bench, Calibration, Results, Row, common, language_bench, sts_bench, sts_files, table, threads
+from common import Bench, Calibration, Results, Row, both, common, language_bench, sts_bench, sts_files, table, threads
 from pydantic import PrivateAttr
 from torch import nn
 
-from headwise.calibration.data import sample
+from headwise.calibration.data import Table, sample
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.model.access import hooked
 from headwise.model.edits import EditPlan
@@ -47,15 +48,18 @@ SHARED: tuple[Row, ...] = (
 REFITTED: tuple[tuple[str, Row], ...] = (
     ("latent-kv", {"rank": 128}),
     ("share-layers", {"rank": 128}),
-    ("latent-kv", {"rank": 64}),
-    ("share-layers", {"rank": 64}),
-    ("share-layers", {}),
     ("latent-kv", {"rank": 96}),
-    ("share-layers", {"how": "reuse"}),
-    ("share-layers", {"how": "mean"}),
+    ("share-layers", {}),
+    ("latent-kv", {"rank": 64}),
+    ("share-layers", {"rank": 256}),
     ("latent-kv", {"rank": 192}),
     ("latent-kv", {"rank": 256}),
+    ("share-layers", {"rank": 64}),
+    ("share-layers", {"how": "reuse"}),
+    ("share-layers", {"how": "mean"}),
 )
+PUSHED: tuple[Row, ...] = ({"factor": 3, "rank": 96}, {"factor": 2, "rank": 128}, {"factor": 6, "rank": 96})
+"""Groups of layers with one latent, judged in float16, INT8 and INT4."""
 QUANTIZED = (128, 64)
 """Ranks of latents that are also judged in INT8."""
 BUDGETS = (0.5, 0.25, 0.125)
@@ -102,15 +106,19 @@ def apply(bench: Bench, calibration: Calibration, stats: HeadStats | None, pass_
 
 
 @contextmanager
-def int8_latents(module: nn.Module, largest: Mapping[str, float]) -> Iterator[None]:
-    """Latents rounded to 8 bits with one constant scale per layer, while the block runs."""
+def rounded_latents(module: nn.Module, largest: Mapping[str, torch.Tensor], bits: int) -> Iterator[None]:
+    """Latents as signed integers, while the block runs.
 
-    def rounded(scale: float, latent: torch.Tensor) -> torch.Tensor:
-        return (latent / scale).round().clamp(-127, 127) * scale
+    In INT8 there is one constant scale per layer, in INT4 one per number of the latent; 16 bits are not rounded.
+    """
+    levels = 2 ** (bits - 1) - 1
+
+    def rounded(scale: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return (latent / scale).round().clamp(-levels, levels) * scale
 
     with ExitStack() as stack:
-        for name, child in down_projections(module).items():
-            scale = largest[name] / 127
+        for name, child in down_projections(module).items() if bits < 16 else ():
+            scale = (largest[name] if bits == 4 else largest[name].max()) / levels
             hook = child.register_forward_hook(lambda _, __, found, scale=scale: rounded(scale, found))
             stack.enter_context(hooked(hook))
         yield
@@ -121,14 +129,15 @@ def down_projections(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in found.items() if child is not None}
 
 
-def largest_latents(bench: Bench, candidate: Any, calibration: Calibration) -> dict[str, float]:
-    """The largest absolute latent of every layer on the calibration samples."""
-    seen: dict[str, float] = {}
+def largest_latents(candidate: Any, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The largest absolute value of every number of every latent on the calibration samples."""
+    seen: dict[str, torch.Tensor] = {}
     with ExitStack() as stack, torch.inference_mode():
         for name, child in down_projections(candidate.module).items():
 
             def see(_: nn.Module, __: Any, found: torch.Tensor, name: str = name) -> None:
-                seen[name] = max(seen.get(name, 0.0), float(found.abs().max()))
+                largest = found.abs().flatten(0, -2).amax(0)
+                seen[name] = torch.maximum(seen.get(name, largest), largest)
 
             stack.enter_context(hooked(child.register_forward_hook(see)))
         for batch in calibration.examples.batches(32):
@@ -148,31 +157,74 @@ def main(threads: int) -> None:
 @sts_files("train", "test")
 @click.option("--samples", default=2048, show_default=True, help="Calibration pairs for the statistics.")
 @click.option("--refit-samples", default=512, show_default=True, help="Calibration pairs for refits.")
-def sts(out: Path, model: str, samples: int, refit_samples: int, **files: str) -> None:
+@click.option("--resume", is_flag=True, help="Keep the rows of a run that was cut short.")
+def sts(out: Path, model: str, samples: int, refit_samples: int, *, resume: bool, **files: str) -> None:
     """Latents per layer, and per pair of layers, of a sentence encoder."""
     bench, train = sts_bench(model, files)
-    calibration = bench.calibration(sample(train, samples, seed=0))
     layers = ShareLayersPass()
-    view = bench.checkpoint.copy().view()
-    stats = collect(view, bench.task, calibration.examples, layers.needs(), pairs=layers.pairs(view))
-    few = bench.calibration(sample(train, refit_samples, seed=0))
-    seen = calibration.texts | few.texts
-    rows: list[Row] = []
-    facts = bench.facts()
+    stats, few, seen = prepared(bench, train, samples, refit_samples, layers)
+    content = {**bench.facts(), "samples": samples, "refit_samples": refit_samples}
+    rows = RESULTS.rows(out, "sts", content) if resume else []
+    there = [(row["pass"], row["options"]) for row in rows]
     plain = [("latent-kv", options) for options in LATENT] + [("share-layers", options) for options in SHARED]
     for name, options in (*plain, *REFITTED):
         pass_: Any = (PreparedLatent if name == "latent-kv" else PreparedLayers).model_validate(options)
+        if (name, pass_.model_dump(mode="json", exclude_unset=True)) in there:
+            continue
         candidate, row = apply(bench, few, stats, pass_)
-        rows.append({**row, "int8": False, **bench.evaluate(candidate, ("test",), seen)})
-        click.echo(json.dumps(rows[-1]), err=True)
-        if name == "share-layers" and options.get("rank") in QUANTIZED and "refit" not in options:
-            with int8_latents(candidate.module, largest_latents(bench, candidate, few)):
-                found = bench.evaluate(candidate, ("test",), seen)
-            # Half the bytes of the float16 numbers that shares are counted in.
-            rows.append({**row, "share": row["share"] / 2, "int8": True, **found})
-            click.echo(json.dumps(rows[-1]), err=True)
-        content = {**facts, "samples": samples, "refit_samples": refit_samples, "rows": rows}
-        RESULTS.save(out, "sts", content)
+        wanted = name == "share-layers" and options.get("rank") in QUANTIZED and "refit" not in options
+        rows += judged(bench, candidate, row, few, seen, ("test",), bits=(16, 8) if wanted else (16,))
+        RESULTS.save(out, "sts", {**content, "rows": rows})
+
+
+@main.command()
+@common
+@sts_files("train", "dev", "test")
+@click.option("--samples", default=1024, show_default=True, help="Calibration pairs for the statistics.")
+@click.option("--refit-samples", default=512, show_default=True, help="Calibration pairs for refits.")
+def push(out: Path, model: str, samples: int, refit_samples: int, **files: str) -> None:
+    """Fewer bytes than a latent per pair of layers has: larger groups, fewer bits."""
+    bench, train = sts_bench(model, files)
+    rows: list[Row] = []
+    facts = bench.facts()
+    for options in PUSHED:
+        pass_ = PreparedLayers.model_validate(options)
+        stats, few, seen = prepared(bench, train, samples, refit_samples, ShareLayersPass.model_validate(options))
+        candidate, row = apply(bench, few, stats, pass_)
+        rows += judged(bench, candidate, row, few, seen, ("dev", "test"), bits=(16, 8, 4))
+        RESULTS.save(out, "push", {**facts, "samples": samples, "refit_samples": refit_samples, "rows": rows})
+
+
+def prepared(
+    bench: Bench, train: Table, samples: int, refit_samples: int, layers: ShareLayersPass
+) -> tuple[HeadStats, Calibration, Set[str]]:
+    """Statistics, the samples for refits, and all texts of both."""
+    calibration = bench.calibration(sample(train, samples, seed=0))
+    view = bench.checkpoint.copy().view()
+    stats = collect(view, bench.task, calibration.examples, layers.needs(), pairs=layers.pairs(view))
+    few = bench.calibration(sample(train, refit_samples, seed=0))
+    return stats, few, calibration.texts | few.texts
+
+
+def judged(
+    bench: Bench,
+    candidate: Any,
+    row: Row,
+    few: Calibration,
+    seen: Set[str],
+    splits: tuple[str, ...],
+    *,
+    bits: tuple[int, ...],
+) -> list[Row]:
+    """The row with its accuracy, once for every number of bits."""
+    largest = largest_latents(candidate, few) if len(bits) > 1 else {}
+    found = []
+    for count in bits:
+        with rounded_latents(candidate.module, largest, count):
+            share = row["share"] * count / 16
+            found.append({**row, "share": share, "bits": count, **bench.evaluate(candidate, splits, seen)})
+        click.echo(json.dumps(found[-1]), err=True)
+    return found
 
 
 @main.command()
@@ -196,7 +248,7 @@ def language(out: Path, model: str, text: str, judged: int, samples: int) -> Non
 
 
 def language_passes(view: ModelView) -> list[Pass]:
-    """For every budget: fewer kv heads where that number of bytes can be met, and both routes."""
+    """For every budget: fewer kv heads where that number of bytes can be met, all routes, and layers that share."""
     found: list[Pass] = []
     layout = next(iter(view.layout.attention))
     for budget in BUDGETS:
@@ -211,6 +263,9 @@ def language_passes(view: ModelView) -> list[Pass]:
         for options in (merged, paper, every):
             if options["rotary"] < numbers:
                 found.append(LatentKVPass.model_validate({"rank": numbers - options["rotary"], **options}))
+        found.append(LatentKVPass(rank=numbers, route="rebuild"))
+        # One latent for two layers has the numbers of both.
+        found.append(ShareLayersPass(rank=2 * numbers))
     return found
 
 
@@ -221,7 +276,7 @@ def sts_text(part: Row) -> str:
     body = [
         [
             row["pass"],
-            settings(row["options"]) + (", INT8 latents" if row["int8"] else ""),
+            settings(row["options"]) + ("" if row["bits"] == 16 else f", INT{row['bits']} latents"),
             f"{row['share']:.1%}",
             f"{row['test']['spearman']:.2f}",
             f"{row['test']['fidelity']:.4f}",
@@ -236,6 +291,28 @@ def sts_text(part: Row) -> str:
         "of the bytes that float16 keys and values of all heads have per token. Options not named are the defaults. "
         f"Calibration: {part['samples']} training pairs, sampled with seed 0; {part['refit_samples']} for refits.\n\n"
         + table(["pass", "options", "KV", "Spearman", "fidelity"], body)
+    )
+
+
+def push_text(part: Row) -> str:
+    body = [
+        [
+            settings(row["options"]),
+            str(row["bits"]),
+            f"{row['share']:.1%}",
+            both(row["dev"]),
+            both(row["test"]),
+        ]
+        for row in part["rows"]
+    ]
+    untouched = part["untouched"]
+    return (
+        "## Fewer bytes: larger groups of layers, fewer bits\n\n"
+        "`share-layers` with one latent per group and its refit. Spearman x 100 / fidelity, as above; the untouched "
+        f"model has {untouched['dev']['spearman']:.2f} on dev and {untouched['test']['spearman']:.2f} on test. INT8 "
+        "has one constant scale per layer, INT4 one per number of the latent. Calibration: "
+        f"{part['samples']} training pairs; {part['refit_samples']} for refits and scales.\n\n"
+        + table(["options", "bits", "KV", "dev", "test"], body)
     )
 
 
@@ -266,7 +343,10 @@ def settings(options: Mapping[str, Any]) -> str:
     return ", ".join(part if "." not in part else part[:14] for part in found) or "defaults"
 
 
-RESULTS = Results(title="Latent keys and values without training", writers={"sts": sts_text, "language": language_text})
+RESULTS = Results(
+    title="Latent keys and values without training",
+    writers={"sts": sts_text, "push": push_text, "language": language_text},
+)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""A budget of multiply-accumulates, spent on heads, on MLP neurons, or on both together, without training.
+"""A budget of multiply-accumulates or of latency, spent on heads, on MLP neurons, or on both, without training.
 
-Two commands, each of which writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
+Three commands, each of which writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
 
     python benchmarks/mac_budget.py options --out OUT --model DIR --train FILE --dev FILE
     python benchmarks/mac_budget.py budgets --out OUT --model DIR --train FILE --test FILE
+    python benchmarks/mac_budget.py milliseconds --out OUT --model DIR --train FILE --test FILE
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.export.onnx import to_onnx
 from headwise.export.runners import OrtRunner
 from headwise.gates.cost import graph_cost, latency
+from headwise.gates.timing import measure_table, ort_clock
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.edits import EditPlan
 from headwise.model.view import ModelView
@@ -162,12 +165,52 @@ def budgets(out: Path, model: str, samples: int, score: str, ridge: float, **fil
     RESULTS.save(out, "budgets", {**bench.facts(), **content, "dense_latency_ms": measured["untouched"], "rows": rows})
 
 
+@main.command()
+@common
+@samples_option
+@sts_files("train", "test")
+@click.option("--score", default="gauss-newton", show_default=True, help="As chosen on dev.")
+@click.option("--ridge", default=1.0, show_default=True, help="As chosen on dev.")
+def milliseconds(out: Path, model: str, samples: int, score: str, ridge: float, **files: str) -> None:
+    """Budgets of latency: what the table predicts, and what the graphs take."""
+    bench, train = sts_bench(model, files)
+    calibration = bench.calibration(sample(train, samples, seed=0))
+    passes = {share: Prune.model_validate({"latency": share, "score": score, "ridge": ridge}) for share in SHARES}
+    view = bench.checkpoint.copy().view()
+    row = cost_row(bench.checkpoint.module, bench.examples["test"], SEQUENCE)
+    load = os.getloadavg()[0]
+    timed = measure_table(view, lambda of, path: write_graph(bench, of, path), ort_clock(row))
+    stats = collect(view, bench.task, calibration.examples, passes[SHARES[0]].needs(), sequence=SEQUENCE)
+    stats = replace(stats, latency=timed)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        graphs = {"untouched": Path(scratch, "untouched.onnx")}
+        dense = export(bench, bench.checkpoint.copy(), graphs["untouched"])
+        for share, pass_ in passes.items():
+            candidate, row = prune(bench, pass_, stats, calibration)
+            predicted = timed.predict(view.layout, candidate.view().layout) / timed.total
+            graphs[str(share)] = Path(scratch, f"{share}.onnx")
+            macs = export(bench, candidate, graphs[str(share)]) / dense
+            found = bench.evaluate(candidate, ("test",), calibration.texts)
+            rows.append({"share": share, "predicted": predicted, "macs": macs, **row, **found})
+            click.echo(rows[-1], err=True)
+        measured = latencies(bench, graphs)
+    for row in rows:
+        row["measured"] = measured[str(row["share"])] / measured["untouched"]
+    content = {"score": score, "ridge": ridge, "samples": samples, "load": load, "table": timed.to_json()}
+    RESULTS.save(out, "milliseconds", {**bench.facts(), **content, "rows": rows})
+
+
 def export(bench: Bench, checkpoint: Checkpoint, path: Path) -> int:
     """Write the graph; its multiply-accumulates for one text of 128 tokens."""
-    examples = bench.examples["test"]
-    to_onnx(checkpoint.view().module, examples.example_batch(), path, dynamic=examples.dynamic_axes())
-    row = cost_row(bench.checkpoint.module, examples, SEQUENCE)
+    write_graph(bench, checkpoint.view(), path)
+    row = cost_row(bench.checkpoint.module, bench.examples["test"], SEQUENCE)
     return graph_cost(path, {name: array.shape for name, array in row.items()}).macs
+
+
+def write_graph(bench: Bench, view: ModelView, path: Path) -> None:
+    examples = bench.examples["test"]
+    to_onnx(view.module, examples.example_batch(), path, dynamic=examples.dynamic_axes())
 
 
 def latencies(bench: Bench, graphs: dict[str, Path]) -> dict[str, float]:
@@ -211,13 +254,37 @@ def budgets_text(part: Row) -> str:
     )
 
 
+def milliseconds_text(part: Row) -> str:
+    timed = part["table"]
+    rows = [
+        [
+            f"{row['share']:.0%}",
+            f"{row['predicted']:.3f}",
+            f"{row['measured']:.3f}",
+            f"{row['macs']:.3f}",
+            *sizes(row),
+            both(row["test"]),
+        ]
+        for row in part["rows"]
+    ]
+    return (
+        "## A budget of latency\n\n"
+        f"`prune: {{latency: ...}}`, score {part['score']}, ridge {part['ridge']:g}, {part['samples']} calibration "
+        "pairs. Shares are of the untouched model. Predicted: by the table that the budget was spent with, in which "
+        f"the untouched model takes {timed['total']:.2f} ms. Measured: all graphs interleaved in one run, as above. "
+        f"{timed['device']}, {timed['threads']} thread(s), {timed['method']}; load average {part['load']:.1f} when the "
+        "table was begun. The last column is Spearman x 100 / fidelity, as above.\n\n"
+        + table(["budget", "predicted", "measured", "MACs", "kept heads", "kept neurons", "test"], rows)
+    )
+
+
 def sizes(row: Row) -> list[str]:
     return [" ".join(map(str, row[key])) for key in ("heads", "neurons")]
 
 
 RESULTS = Results(
-    title="A budget of multiply-accumulates without training",
-    writers={"options": options_text, "budgets": budgets_text},
+    title="A budget of multiply-accumulates or latency without training",
+    writers={"options": options_text, "budgets": budgets_text, "milliseconds": milliseconds_text},
 )
 
 

@@ -46,12 +46,13 @@ FLOAT = {"matrices": {"*": "float"}}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row: options of ``quantize`` (None leaves it out), passes before it, and targets."""
+    """One row: options of ``quantize`` (None leaves it out), passes before it, targets, and what is not quantized."""
 
     name: str
     options: Row | None
     before: tuple[Row, ...] = ()
     targets: tuple[str, ...] = ()
+    precision: str = "fp16"
 
     @property
     def passes(self) -> list[Row]:
@@ -60,6 +61,7 @@ class Case:
 
 FORMATS = (
     Case(name="fp16", options=None, targets=ALL),
+    Case(name="bf16", options=None, targets=AMPERE, precision="bf16"),
     Case(name="int8, absmax, nothing else", options=PLAIN, targets=("sm86",)),
     Case(name="int8", options={}, targets=ALL),
     Case(name="int8, weights only", options={"weights_only": True}, targets=ALL),
@@ -68,11 +70,16 @@ FORMATS = (
     Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}, targets=("sm86",)),
     Case(name="int4", options={"format": "int4"}, targets=AMPERE),
     Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}, targets=AMPERE),
-    Case(name="nvfp4, nearest, nothing else", options={"format": "nvfp4", **PLAIN}, targets=BLACKWELL),
+    Case(name="nvfp4", options={"format": "nvfp4"}, targets=BLACKWELL),
     Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}, targets=BLACKWELL),
-    Case(name="mxfp8", options={"format": "mxfp8"}, targets=("sm89",)),
-    Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}, targets=("sm86",)),
-    Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}, targets=("sm89",)),
+    Case(
+        name="nvfp4, weights only, gptq",
+        options={"format": "nvfp4", "weights_only": True, "rounding": "gptq"},
+        targets=BLACKWELL,
+    ),
+    Case(name="mxfp8, weights only", options={"format": "mxfp8"}, targets=ADA),
+    Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}, targets=ALL),
+    Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}, targets=ADA),
     Case(name="embeddings in int8", options={**FLOAT, "embeddings": "int8"}, targets=ALL),
     Case(name="int8, embeddings in int8", options={"embeddings": "int8"}, targets=ALL),
     Case(
@@ -81,15 +88,29 @@ FORMATS = (
         targets=AMPERE,
     ),
     Case(
-        name="int4, gptq, at most 1 point of fidelity",
-        options={"format": "int4", "rounding": "gptq", "budget": {"max_drop": 1.0}},
-        targets=("sm86",),
+        name="int4, gptq, at most 0.5 points of fidelity",
+        options={"format": "int4", "rounding": "gptq", "budget": {"max_drop": 0.5}},
+        targets=AMPERE,
+    ),
+    Case(
+        name="int4, gptq, at most 8 MB of matrices",
+        options={"format": "int4", "rounding": "gptq", "budget": {"size": 8.0}},
+        targets=AMPERE,
     ),
     Case(name="cpu: int8, nothing else", options=PLAIN, targets=("cpu",)),
     Case(name="cpu: int8", options={}, targets=("cpu",)),
     Case(name="cpu: int8, embeddings in int8", options={"embeddings": "int8"}, targets=("cpu",)),
     Case(name="cpu: half of the heads, fp32", options=None, before=(HALF,), targets=("cpu",)),
     Case(name="cpu: half of the heads, int8", options={}, before=(HALF,), targets=("cpu",)),
+    *(
+        Case(
+            name=f"cpu: {share:.0%} of the multiply-accumulates, int8",
+            options={},
+            before=({"prune": {"macs": share}},),
+            targets=("cpu",),
+        )
+        for share in (0.75, 0.66, 0.5)
+    ),
 )
 OPTIONS = (
     *(Case(name=f"int8, smooth {s}", options={"smooth": s}) for s in (None, 0.5, 0.8, 0.9, "auto")),
@@ -97,7 +118,7 @@ OPTIONS = (
     *(Case(name=f"fp8, smooth {s}", options={"format": "fp8", "smooth": s}) for s in (None, "auto")),
     *(
         Case(name=f"{f}, smooth {s}, {r}", options={"format": f, "smooth": s, "rounding": r})
-        for f in ("int4", "nvfp4")
+        for f in ("int4",)
         for s in (None, "auto")
         for r in ("nearest", "gptq")
     ),
@@ -113,7 +134,8 @@ LANGUAGE = (
     Case(name="int4, nearest, nothing else", options={"format": "int4", **PLAIN}),
     Case(name="int4", options={"format": "int4"}),
     Case(name="int4, gptq", options={"format": "int4", "rounding": "gptq"}),
-    Case(name="nvfp4, gptq", options={"format": "nvfp4", "rounding": "gptq"}),
+    Case(name="nvfp4", options={"format": "nvfp4"}),
+    Case(name="nvfp4, weights only, gptq", options={"format": "nvfp4", "weights_only": True, "rounding": "gptq"}),
     Case(name="keys and values in int8", options={**FLOAT, "kv": "int8"}),
     Case(name="keys and values in fp8", options={**FLOAT, "kv": "fp8"}),
 )
@@ -143,6 +165,7 @@ class Inputs:
             "calibration": {"data": self.source(self.train), "samples": self.samples},
             "passes": case.passes,
             "targets": list(case.targets),
+            "export": {"precision": case.precision},
             "gate": {"max_drop": 100, "on_fail": "warn"},
         }
 
@@ -167,7 +190,7 @@ class LanguageInputs(Inputs):
             **super().recipe(case),
             "task": {"type": "language-modeling", "data": data["judged"]},
             "calibration": {"data": data["calibration"], "samples": self.samples},
-            "export": {"cache": False},
+            "export": {"precision": case.precision, "cache": False},
         }
 
     def scores(self, metrics: Mapping[str, Row]) -> Row:
@@ -178,14 +201,14 @@ class LanguageInputs(Inputs):
 
 def run_case(inputs: Inputs, case: Case) -> Row:
     """One run of the pipeline. Runs that begin alike share a folder, so that what they have in common is made once."""
-    folder = inputs.work / (f"{inputs.data.stem}-pruned" if case.before else inputs.data.stem)
+    folder = inputs.work / "-".join([inputs.data.stem, *(name for entry in case.before for name in entry)])
     found = headwise.compress(inputs.model, inputs.recipe(case), folder)
     stages = {stage["name"]: stage for stage in found.report["stages"]}
-    judged = stages["cpu" if "cpu" in stages else "quantize" if "quantize" in stages else "fp16"]
+    judged = stages["cpu" if "cpu" in stages else "quantize" if "quantize" in stages else case.precision]
     row = {
         "name": case.name,
         "passes": case.passes,
-        **inputs.scores({metric["metric"]: metric for metric in judged["metrics"]}),
+        **(inputs.scores({metric["metric"]: metric for metric in judged["metrics"]}) if judged["metrics"] else {}),
         "graph_mb": judged["cost"]["file_bytes"] / 1e6,
         "latency": judged["cost"].get("latency") if "cpu" in stages else None,
         "scales": (judged.get("record") or {}).get("scales"),
@@ -329,6 +352,9 @@ def formats_text(part: Row) -> str:
     )
     head = ["format", "Spearman", "drop", "fidelity", *(f"{target}" for target in ALL), "graph"]
     text += table(head, body)
+    for row in rows:
+        if "budget" in str(row["passes"]):
+            text += f"\n{row['name']}: {', '.join(row['float']) or 'nothing'} left in fp16.\n"
     pairs = [(row["name"], target, why) for row in rows for target, why in row["kernels"].items()]
     broken = [f"{name}: {target}: {why}" for name, target, why in pairs if "FAIL" in why]
     checked = sum(bool(why) for _, _, why in pairs)
@@ -393,6 +419,8 @@ WRITERS = {"formats": formats_text, "others": others_text, "options": options_te
 
 
 def score(row: Row) -> list[str]:
+    if "spearman" not in row:
+        return ["-"] * 3  # no runtime here has the precision
     return [f"{row['spearman']:.2f}", f"{row['drop']:.2f}", f"{row['fidelity']:.4f}"]
 
 

@@ -128,7 +128,7 @@ def story_files(folder: Path) -> Path:
 STORY: dict[str, Any] = {
     "task": {"type": "language-modeling", "data": {"path": "test.csv"}},
     "calibration": {"data": {"path": "calibration.csv"}, "samples": 32},
-    "passes": [{"prune-heads": {"ratio": 0.25}}, {"quantize": {"format": "int8"}}],
+    "passes": [{"prune-heads": {"ratio": 0.25}}, {"quantize": {"format": "int8", "kv": "int8"}}],
     "gate": {"max_drop": 0.5},
     "targets": ["cpu"],
 }

@@ -32,6 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "check": ["directory", "--against", "--update", "--junit", "--json"],
     "cost": ["artifact", "--memory", "--batch", "--precision", "--json"],
     "compress": ["checkpoint", "--recipe", "--out", "--set", "--no-resume", "--dry-run", "--require-engine-run"],
+    "convert": ["checkpoint", "--recipe", "--out", "--set", "--no-resume", "--json"],
     "demo": ["--out"],
     "evaluate": ["artifact", "--recipe", "--reference", "--set", "--json"],
     "generate": [
@@ -50,6 +51,7 @@ COMMANDS: dict[str, list[str]] = {
     "inspect": ["checkpoint", "--json", "--sequence"],
     "passes": [],
     "plan": ["checkpoint", "--recipe", "--set", "--json"],
+    "to-hf": ["artifact", "--out"],
     "report": ["directory", "--html", "--markdown", "--junit"],
     "schema": [],
 }

@@ -27,7 +27,7 @@ from headwise.export.onnx import to_onnx
 from headwise.model.attend import attend, bind, form, plain
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.edits import ClusterHeads, DropHeads, EditPlan, ShareKV
-from headwise.model.forward import run
+from headwise.model.forward import run, to_torch
 from headwise.model.layout import AttentionLayout
 from headwise.model.saving import save_checkpoint
 from headwise.model.surgery import apply, twin, write
@@ -337,3 +337,22 @@ def test_a_run_exports_both_forms_and_goes_on_with_one(
 
 def no_builder(*_: object, **__: object) -> None:
     raise MachineError("no builder in this test", expected="one", fix="none")
+
+
+def test_mlps_make_good_a_part_of_what_attention_lost() -> None:
+    task, examples = samples(ModelView.of(make_model("bert")), "bert")
+    (batch,) = examples.batches(len(examples))
+    teacher, inputs = ModelView.of(make_model("bert")), to_torch(batch.inputs)
+    with torch.no_grad():
+        expected = run(teacher.module, inputs)["last_hidden_state"]
+    left, parts = [], []
+    for options in ({"refit": False}, {"refit_mlp": False}, {}):
+        view = ModelView.of(make_model("bert"))
+        pass_ = ClusterHeadsPass.model_validate({"clusters": 2, "ridge": 1e-3, **options})
+        record = run_pass(pass_, view, teacher, task, examples)
+        parts.append([(fit["part"], fit["layer"]) for fit in record.refit])
+        with torch.no_grad():
+            left.append(float((run(view.module, inputs)["last_hidden_state"] - expected).square().mean()))
+    order = [(part, layer) for layer in range(LAYERS) for part in ("attention", "mlp")]
+    assert parts == [[], order[::2], order]
+    assert left[2] < 0.9 * left[1] < 0.9 * left[0]

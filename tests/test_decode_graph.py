@@ -160,14 +160,3 @@ def test_both_engines_have_fused_attention_in_every_layer(pair: Pair, precision:
         assert listing.fused_attention == 3
     stage = {"engine": {**made[pair.path.name].to_json(), "decode_engine": made[DECODE].to_json()}}
     assert [row[0] for row in engine_rows({"stages": [stage]})] == ["sm86", "sm86, single tokens"]
-
-
-@pytest.mark.skipif(not HAS_BUILDER, reason="tensorrt_rtx is not installed: no engine can be built")
-def test_shared_layers_have_fused_attention_in_an_engine(tmp_path: Path) -> None:
-    view, examples = compressed(ShareLayersPass(rank=10, refit=False))
-    export_model(view, examples, tmp_path / "model.onnx", ExportSpec())
-    convert_precision(tmp_path / "model.onnx", tmp_path / "half.onnx", "fp16")
-    shapes = profiles_for(tmp_path / "half.onnx", ExportSpec(context=100), {"sequence": 256})
-    info = build_engine(tmp_path / "half.onnx", tmp_path / "engine", resolve_target("sm86"), profiles=shapes)
-    assert info.listing is not None
-    assert info.listing.fused_attention == 3

@@ -234,13 +234,9 @@ def test_a_block_without_layer_scale_adds_its_output_as_it_is() -> None:
 # -------------------------------------------------------------------------------------------------------------- timm
 
 
-def timm_attention(**options: Any) -> nn.Module:
-    return nn.Sequential(timm_like.Attention(16, 2, **options))
-
-
 def test_normalised_queries_of_timm_are_known() -> None:
     block = nn.Module()
-    block.attn = timm_like.Attention(16, 2, qk_norm=True)
+    block.attn = timm_like.timm_attention(16, 2, qk_norm=True)
     holder = nn.Sequential(block)
     (limit, *_) = limits(ModelView.of(holder))
     assert "queries and keys are normalised" in limit
@@ -248,15 +244,17 @@ def test_normalised_queries_of_timm_are_known() -> None:
 
 def test_timm_attention_that_mixes_heads_is_refused() -> None:
     for option, value in (("norm", nn.LayerNorm(16)), ("gate", nn.Linear(16, 16))):
-        module = timm_attention()
-        setattr(module[0], option, value)  # type: ignore[index]
+        module = nn.Sequential(timm_like.timm_attention(16, 2))
+        setattr(module[0], option, value)
         with pytest.raises(UnsupportedModelError, match="outputs of all heads together"):
             unpack_timm(module)
 
 
 def test_timm_attention_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, right = timm_attention(), timm_like.Attention.forward
-    monkeypatch.setattr(timm_like.Attention, "forward", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
+    module = nn.Sequential(timm_like.timm_attention(16, 2))
+    original = type(module[0])
+    right = original.forward
+    monkeypatch.setattr(original, "forward", lambda *args, **kwargs: 1.01 * right(*args, **kwargs))
     with pytest.raises(UnsupportedModelError, match="does not compute what headwise knows of it"):
         unpack_timm(module)
 

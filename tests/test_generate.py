@@ -14,12 +14,18 @@ import torch
 from click.testing import CliRunner, Result
 from runs import STORY, finished
 
+from headwise.calibration.data import DataSpec, Table
+from headwise.calibration.tasks import LanguageOptions, make_task
 from headwise.cli import main
 from headwise.errors import DataError
-from headwise.export.decoder import decoder_to_onnx
+from headwise.export.decoder import export_decode, export_model
 from headwise.export.generate import generate
+from headwise.export.precision import ExportSpec
 from headwise.export.stepping import OrtDecoder
 from headwise.model.checkpoint import load_checkpoint
+from headwise.passes.base import Pass, run_pass
+from headwise.passes.latent_kv import LatentKVPass
+from headwise.passes.share_layers import ShareLayersPass
 from headwise.pipeline.evaluation import evaluate_artifact
 from headwise.pipeline.folders import compressed_model, runnable_graph
 from headwise.pipeline.generation import Sampling, Writer, continue_prompts, open_writer
@@ -73,6 +79,26 @@ def test_a_run_is_continued_on_its_graph_for_the_cpu(folder: Path) -> None:
     assert Path(found["model"]) == folder / "out" / "03-cpu" / "model.onnx"
     assert found["runtime"] == "onnxruntime"
     assert [text["prompt_tokens"] for text in found["texts"]] == [2, 4, 4, 3]
+
+
+def test_the_cache_of_the_run_holds_codes(folder: Path) -> None:
+    """What was quantized on the way to the graph for the CPU is what the report, the graph and the decoder say."""
+    report = read_report(folder / "out")
+    stage = next(stage for stage in report["stages"] if stage["name"] == "cpu")
+    assert (stage["record"]["kv"]["tensors"], stage["record"]["kv"]["per_channel"]) == (4, 4)
+    assert stage["record"]["kv"]["cache"]
+    decoder = OrtDecoder(runnable_graph(folder / "out", report))
+    decoder(np.array([[1, 5, 6]]), np.ones((1, 3), int), np.arange(3)[None])
+    cached = decoder.cached()
+    assert {array.dtype for array in cached.values()} == {np.dtype(np.int8)}
+    assert sum(array.nbytes for array in cached.values()) == 3 * stage["cost"]["kv_bytes_per_token"]
+
+
+def test_where_onnxruntime_cannot_join_codes_the_graph_beside_it_is_run(folder: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "decoded.onnx"):
+        (tmp_path / name).write_bytes((folder / "out" / "02-onnx" / "model.onnx").read_bytes())
+    writer = open_writer(str(tmp_path / "model.onnx"), tokenizer=str(folder / "checkpoint"))
+    assert writer.model == str(tmp_path / "decoded.onnx")
 
 
 def test_one_prompt_streams_and_several_are_printed_one_after_the_other(folder: Path, tmp_path: Path) -> None:
@@ -175,16 +201,33 @@ def test_evaluate_feeds_a_graph_with_a_cache(folder: Path) -> None:
     assert STORY["task"]["type"] == "language-modeling"
 
 
+STORIES: tuple[Pass | None, ...] = (
+    None,
+    LatentKVPass(rank=12, rotary=4),
+    LatentKVPass(rank=16, route="rebuild"),
+    ShareLayersPass(rank=32),
+    ShareLayersPass(how="mean"),
+)
+
+
 @pytest.mark.skipif(
     not (Path(MODELS) / "stories260k").is_dir(), reason="HEADWISE_MODELS names no folder with the model stories260k"
 )
-def test_a_trained_model_tells_the_stories_that_torch_tells(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pass_", STORIES, ids=str)
+def test_a_trained_model_tells_the_stories_that_torch_tells(pass_: Pass | None, tmp_path: Path) -> None:
     source = str(Path(MODELS) / "stories260k")
     checkpoint = load_checkpoint(source)
     view = checkpoint.view()
-    decoder_to_onnx(view, np.array([[1, 403, 407], [1, 261, 378]]), tmp_path / "model.onnx")
-    writer = open_writer(str(tmp_path / "model.onnx"), tokenizer=source)
     prompts = ["Once upon a time", "Lily", "The big dog was very", "One day, a girl named Lily went to the park with"]
+    options = LanguageOptions(type="language-modeling", data=DataSpec(path="unread.txt", format="text"))
+    task = make_task(options)
+    examples = task.encode(Table({"text": prompts}, digest="", source="prompts"), checkpoint)
+    if pass_ is not None:
+        run_pass(pass_, view, load_checkpoint(source).view(), task, examples)
+    export_model(view, examples, tmp_path / "model.onnx", ExportSpec())
+    found_two = export_decode(view, examples, tmp_path / "model.onnx", ExportSpec()) is not None
+    assert found_two == (pass_ == STORIES[1])
+    writer = open_writer(str(tmp_path / "model.onnx"), tokenizer=source)
     ids = [writer.tokenizer(prompt)["input_ids"] for prompt in prompts]
     width = max(map(len, ids))
     padded, mask = (
@@ -192,8 +235,8 @@ def test_a_trained_model_tells_the_stories_that_torch_tells(tmp_path: Path) -> N
         for fill, one in ((0, 0), (0, 1))
     )
     module: Any = view.module
-    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = module.generate(padded, attention_mask=mask, **options)[:, width:].tolist()
+    given = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = module.generate(padded, attention_mask=mask, **given)[:, width:].tolist()
     assert isinstance(writer.decoder, OrtDecoder)
     found = generate(writer.decoder, ids, new_tokens=200, batch=4)
     assert [text.tokens for text in found] == expected

@@ -66,7 +66,7 @@ def test_a_dear_rung_in_front_of_cheap_ones_is_averaged_with_them() -> None:
 
 
 def test_a_layer_gives_up_its_rungs_in_its_own_order() -> None:
-    made = rungs([4, 2, 0, 1], [0.1, 0.2, 0.4, 0.8], [1, 3], 10)
+    made = rungs([4, 2, 0, 1], [0.1, 0.2, 0.4, 0.8], [1, 3], lambda gone: 10 * gone)
     assert [(rung.units, rung.size) for rung in made] == [((4,), 10), ((2, 0), 20)]
     assert made[1].cost == pytest.approx(0.6)
 

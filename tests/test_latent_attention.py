@@ -17,7 +17,8 @@ from headwise.export.decoder import decoder_to_onnx
 from headwise.gates.model_cost import kv_bytes_per_token
 from headwise.model import latent_swap
 from headwise.model.forward import run
-from headwise.model.latent_attention import LatentAttention, latent_form
+from headwise.model.latent_attention import LatentAttention
+from headwise.model.latent_form import latent_form
 from headwise.model.view import ModelView
 from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.latent_rotary import angles

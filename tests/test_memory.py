@@ -42,8 +42,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_a_run_is_counted_before_and_after(run_folder: Path) -> None:
     found = memory_cost(str(run_folder), memory=1 << 20, batch=3)["models"]
     before, after = found["before"], found["after"]
-    # Two layers, keys and values, of 4 and of 3 heads of width 8, two bytes each.
-    assert (before["kv_bytes_per_token"], after["kv_bytes_per_token"]) == (2 * 2 * 32 * 2, 2 * 2 * 24 * 2)
+    # Two layers, keys and values, of 4 and of 3 heads of width 8; two bytes each, and codes of one.
+    assert (before["kv_bytes_per_token"], after["kv_bytes_per_token"]) == (2 * 2 * 32 * 2, 2 * 2 * 24)
+    assert (before["kv_format"], after["kv_format"]) == (None, "int8")
     assert before["weight_bytes"] == 2 * before["parameters"] > after["weight_bytes"]
     for model in (before, after):
         used = model["weight_bytes"] + 3 * model["context"] * model["kv_bytes_per_token"]
@@ -51,14 +52,16 @@ def test_a_run_is_counted_before_and_after(run_folder: Path) -> None:
     assert after["context"] > before["context"]
     full = memory_cost(str(run_folder), memory=1 << 20, precision="fp32")["models"]["after"]
     assert full["weight_bytes"] == 2 * after["weight_bytes"]
-    assert full["kv_bytes_per_token"] == 2 * after["kv_bytes_per_token"]
+    assert full["kv_bytes_per_token"] == after["kv_bytes_per_token"]
     assert memory_cost(str(run_folder), memory=10_000)["models"]["after"]["context"] == 0
 
 
 def test_a_checkpoint_is_counted_as_it_is(run_folder: Path, tmp_path: Path) -> None:
     checkpoint = run_folder / "01-prune-heads" / "model"
     alone = memory_cost(str(checkpoint), memory=1 << 20)["models"]["model"]
-    assert alone == memory_cost(str(run_folder), memory=1 << 20)["models"]["after"]
+    after = memory_cost(str(run_folder), memory=1 << 20)["models"]["after"]
+    assert alone["weight_bytes"] == after["weight_bytes"]
+    assert alone["kv_bytes_per_token"] == 2 * after["kv_bytes_per_token"]
     bert: Any = make_model("bert")
     encoder = Checkpoint(module=bert, source="bert", kind="transformers", digest="")
     save_checkpoint(encoder, encoder.view(), tmp_path)
@@ -72,7 +75,8 @@ def test_the_command_prints_a_table_or_json(run_folder: Path) -> None:
     table = runner.invoke(main, ["cost", str(run_folder), "--memory", "1MiB"])
     assert table.exit_code == 0
     assert "tokens in 1 MiB" in table.stdout
-    assert "192 B" in table.stdout
+    assert "256 B" in table.stdout
+    assert "96 B (int8)" in table.stdout
     plain = runner.invoke(main, ["cost", str(run_folder), "--json", "--batch", "2"])
     found = json.loads(plain.stdout)
     assert (found["memory_bytes"], found["batch"]) == (None, 2)

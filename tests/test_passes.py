@@ -51,9 +51,8 @@ def samples(view: ModelView, family: str) -> tuple[Task, Examples]:
 
 LATENT = ("latent-kv", "share-layers")
 UNFIT = {
-    **{("latent-kv", family): "normalises queries and keys" for family in NORMALISED},
-    ("latent-kv", "gemma2"): "caps its scores",
-    **{("share-layers", family): "is run with a kv cache" for family in DECODERS},
+    **{(name, family): "normalises queries and keys" for name in LATENT for family in NORMALISED},
+    **{(name, "gemma2"): "caps its scores" for name in LATENT},
     **{("share-layers", family): "no group has two layers" for family in SEQ2SEQ},
     ("share-layers", "albert"): "both of which run once",
 }

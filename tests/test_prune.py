@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, make_inputs, make_model
-from pydantic import ValidationError
 from test_passes import samples
 
 from headwise.calibration.stats import HeadStats, Stat, collect
@@ -129,10 +128,8 @@ def distance(view: ModelView, teacher: ModelView, examples: object) -> float:
 def test_what_cannot_be_met_is_refused() -> None:
     view = ModelView.of(make_model("bert"))
     task, examples = samples(view, "bert")
-    with pytest.raises(PlanError, match=r"macs: 0.1, but 0.\d+ of the multiply-accumulates are outside of what can go"):
+    with pytest.raises(PlanError, match=r"macs: 0.1, but 0.\d+ of the multiply-accumulates cannot go"):
         make_plan(Prune(macs=0.1, round_to=24, min_heads=3), view, task, examples)
-    with pytest.raises(ValidationError, match="latency"):
-        Prune.model_validate({"macs": 0.5, "latency": 0.5})
 
 
 def test_clustered_layers_are_refused() -> None:

@@ -17,7 +17,7 @@ from headwise.calibration.histogram import Histogram
 from headwise.calibration.products import dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed
 from headwise.errors import ExportError, PlanError
-from headwise.export.decode import decode_weights
+from headwise.export.decode import decode_for_onnxruntime
 from headwise.export.dynamic import write_dynamic
 from headwise.export.graph import NAME_SCOPES
 from headwise.export.listing import read_listing
@@ -256,7 +256,8 @@ WEIGHT_FORMATS: dict[str, tuple[dict[str, Any], float]] = {
     "fp8": ({"format": "fp8", "weights_only": True}, 0.15),
     "fp8 with activations": ({"format": "fp8"}, 0.15),
     "int4": ({"format": "int4", "block": 16}, 0.5),
-    "nvfp4": ({"format": "nvfp4"}, 0.5),
+    "nvfp4": ({"format": "nvfp4", "weights_only": True}, 0.5),
+    "nvfp4 with activations": ({"format": "nvfp4"}, 0.5),
     "mxfp8": ({"format": "mxfp8"}, 0.15),
     "int4 with gptq": ({"format": "int4", "rounding": "gptq"}, 0.5),
 }
@@ -268,7 +269,7 @@ def test_weights_of_every_format_are_what_the_codes_say(tmp_path: Path, case: st
     path = graph(tmp_path)
     out, info, plan = written(path, options)
     decoded = tmp_path / "decoded.onnx"
-    assert decode_weights(out, decoded) == (options.format in ("nvfp4", "mxfp8"))
+    assert decode_for_onnxruntime(out, decoded) == (options.format in ("nvfp4", "mxfp8"))
     dtype = SCALE_DTYPES["fp16"]
     codes = options.codes(plan, find_matrices(path), ranges(path), quantized_input, dtype)
     runnable = decoded if decoded.exists() else out
@@ -277,12 +278,29 @@ def test_weights_of_every_format_are_what_the_codes_say(tmp_path: Path, case: st
         expected = restore(codes[name], plan.quantized()[name].block, dtype).astype(dtype)
         got = values[f"{name}.weight_values"]
         np.testing.assert_array_equal(got.T if name == "head" else got, expected)
-        assert promise_.weights_only == (case != "fp8 with activations")
+        assert promise_.weights_only == (not case.endswith("with activations"))
     for name, values in run(path).items():
         assert np.linalg.norm(run(runnable)[name] - values) / np.linalg.norm(values) < limit
     if decoded.exists():
         with pytest.raises(ExportError, match="ONNX Runtime refuses"):
             OrtRunner(out)
+
+
+def test_activations_in_blocks_are_judged_by_the_arithmetic_that_the_plan_rests_on(tmp_path: Path) -> None:
+    path, dtype = graph(tmp_path), SCALE_DTYPES["fp16"]
+    out, _, plan = written(path, Quantize(format="nvfp4", smooth=None))
+    nodes = [node.op_type for node in onnx.load(str(out)).graph.node]
+    assert nodes.count("TRT_FP4DynamicQuantize") == 3  # query and key read one tensor
+    assert decode_for_onnxruntime(out, tmp_path / "decoded.onnx")
+    assert {node.domain for node in onnx.load(str(tmp_path / "decoded.onnx")).graph.node} == {""}
+    x = batch()["x"].astype(dtype)
+    x[0, 0, :16], x[0, 1, 16:32] = 0, 1e-7  # blocks without a scale
+    x[0, 2] *= 40  # larger than anything that calibration saw
+    found = TapRunner(tmp_path / "decoded.onnx", ["x_nvfp4_values"])({"x": x})["x_nvfp4_values"]
+    expected = quantized_input(x.reshape(-1, 64).astype(np.float32), plan.matrices[0], dtype)
+    np.testing.assert_array_equal(found.reshape(-1, 64), expected.astype(dtype))
+    error = np.abs(expected - x.reshape(-1, 64)).reshape(5, 4, 16)[[0, 1, 3, 4]]
+    assert 0.01 < error.max() / np.abs(batch()["x"]).max() < 1 / 6
 
 
 def test_inputs_that_no_block_divides_stay_float(tmp_path: Path) -> None:
@@ -340,7 +358,14 @@ def test_a_promised_matrix_that_runs_in_half_fails_the_gate() -> None:
 @needs_builder
 @pytest.mark.parametrize(
     ("case", "target"),
-    [("int8", "sm75"), ("fp8", "sm89"), ("fp8 with activations", "sm89"), ("int4", "sm86"), ("nvfp4", "sm120")],
+    [
+        ("int8", "sm75"),
+        ("fp8", "sm89"),
+        ("fp8 with activations", "sm89"),
+        ("int4", "sm86"),
+        ("nvfp4", "sm120"),
+        ("nvfp4 with activations", "sm120"),
+    ],
 )
 def test_engines_hold_every_format(tmp_path: Path, case: str, target: str) -> None:
     path, info, _ = written(graph(tmp_path), Quantize(**WEIGHT_FORMATS[case][0]))

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import LAYERS, make_inputs, make_model
+from test_latent_kv import compress
 from test_share_kv import share
 
 from headwise.calibration.products import quantized_input
@@ -40,26 +41,35 @@ PRUNED = EditPlan(
 CLUSTERED = EditPlan(edits=tuple(ClusterHeads(layer=i, clusters=((2, 0), (1, 3))) for i in range(LAYERS - 1)))
 
 
-def prune(family: str, view: ModelView) -> None:
-    del family
+def prune(family: str) -> ModelView:
+    view = ModelView.of(make_model(family))
     apply(view, PRUNED)
+    return view
 
 
-def share_kv(family: str, view: ModelView) -> None:
+def share_kv(family: str) -> ModelView:
+    view = ModelView.of(make_model(family))
     share(view, family, kv_heads=2)
+    return view
 
 
-def cluster(family: str, view: ModelView) -> None:
-    del family
+def cluster(family: str) -> ModelView:
+    view = ModelView.of(make_model(family))
     apply(view, CLUSTERED)
+    return view
 
 
-CASES: dict[str, tuple[str, Callable[[str, ModelView], None], Form, int]] = {
+def latent(family: str) -> ModelView:
+    return compress(family, rank=16)[0]
+
+
+CASES: dict[str, tuple[str, Callable[[str], ModelView], Form, int]] = {
     "pruned llama": ("llama", prune, "fused", 6),
     "shared bert": ("bert", share_kv, "fused", 6),
     # Queries and keys of clustered layers are repeated: their scales do not fold, those of the values do.
     "clustered bert, fused": ("bert", cluster, "fused", 4),
     "clustered bert, gathered": ("bert", cluster, "gathered", 0),
+    "latent bert": ("bert", latent, "fused", 6),
 }
 """Family, edit, form of the graph, and the keys and values with a scale per channel; 0 where they cannot be told."""
 Case = tuple[Path, dict[str, Array], int]
@@ -75,8 +85,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """An fp32 graph of an edited model, inputs for it, and the number from the table."""
     family, edit, name, folds = CASES[request.param]
     path = tmp_path_factory.mktemp("edited") / "model.onnx"
-    view = ModelView.of(make_model(family))
-    edit(family, view)
+    view = edit(family)
     inputs = {key: tensor.numpy() for key, tensor in make_inputs(family).items()}
     dynamic = dict.fromkeys(inputs, (0, 1))
     with form(name):
@@ -119,6 +128,18 @@ def test_every_matrix_that_is_left_is_quantized(case: Case, number: Any) -> None
     assert all("inputs are no multiple of 16" in entry.reason for entry in plan.matrices if entry.name in odd)
     error = distance(outputs(path, inputs), outputs(out, inputs))
     assert 1e-4 < error < {"int8": 0.1, "int4": 0.5}[number]
+    assert any(codes[name].bias_delta is not None for name in codes) == any(matrix.biased for matrix in matrices)
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_every_range_is_found_in_what_is_left(case: Case, method: Any) -> None:
+    path, inputs, _ = case
+    matrices = find_matrices(path)
+    seen = ranges(path, inputs, [matrix.tap for matrix in matrices])
+    whole, part = (Quantize(calibration=m, percentile=99, smooth=None).plan(matrices, seen) for m in ("minmax", method))
+    shares = [part.quantized()[name].input_largest / entry.input_largest for name, entry in whole.quantized().items()]
+    assert 0.05 < min(shares) < 1
+    assert max(shares) <= 1
 
 
 def test_keys_and_values_that_are_left_are_quantized(case: Case) -> None:
@@ -146,6 +167,7 @@ def test_keys_and_values_that_are_left_are_quantized(case: Case) -> None:
     onnx.save(model, str(out))
     assert require_same(path, out, inputs) < 1e-4
     largest = {name: float(np.abs(array).max()) for name, array in TapRunner(out, names)(inputs).items()}
-    quantize_cached(model, {name: value / 127 for name, value in largest.items()}, "int8")
+    scales = {name: value / 127 for name, value in largest.items()}
+    quantize_cached(model, scales, dict.fromkeys(scales, "int8"))
     onnx.save(model, str(out))
     assert 1e-5 < distance(outputs(path, inputs), outputs(out, inputs)) < 0.05

@@ -251,3 +251,6 @@ def test_a_budget_leaves_the_dearest_matrices_alone(tmp_path: Path) -> None:
     refused = run(folder, "passes.0.budget={size: 0.001, samples: 16}")
     assert refused.exit_code == 2
     assert "at most 0.001 MB, the budget" in refused.reason
+    rest = run(folder, "passes.0.budget={max_drop: 1, samples: 28}")
+    assert rest.exit_code == 2
+    assert "quantize.budget sets 28 of 32 calibration samples aside" in rest.reason

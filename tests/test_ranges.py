@@ -91,6 +91,45 @@ def test_a_tensor_without_tokens_counts_every_row() -> None:
     assert seen.largest.tolist() == [1101] * WIDTH
 
 
+def test_a_calibration_that_was_killed_goes_on_and_sees_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headwise.calibration.ranges._INTERVAL", 0.0)
+    monkeypatch.setattr("headwise.calibration.ranges._SHARE", 0)
+    calls: list[int] = []
+
+    def run(batch: Mapping[str, Array]) -> Mapping[str, Array]:
+        calls.append(len(batch["input_ids"]))
+        return {"x": activations(batch["input_ids"])}
+
+    def killed(batch: Mapping[str, Array]) -> Mapping[str, Array]:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(batch)
+
+    partial, told = tmp_path / "ranges.partial", []
+    options: Any = {"rows": 20, "moments": ["x"], "batch_size": 2}
+    tap = Tap(name="x", dims=BATCH_SEQUENCE)
+    whole = collect_ranges(run, examples(), [tap], **options)["x"]
+    assert len(calls) == 6
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        collect_ranges(killed, examples(), [tap], partial=partial, **options)
+    assert partial.exists()
+    calls.clear()
+    seen = collect_ranges(run, examples(), [tap], partial=partial, progress=told.append, **options)["x"]
+    assert len(calls) == 3
+    assert sum(told) == 12
+    assert not partial.exists()
+    for field in ("tokens", "largest", "magnitude", "rows", "moment"):
+        np.testing.assert_array_equal(getattr(seen, field), getattr(whole, field))
+    np.testing.assert_array_equal(seen.histogram.counts, whole.histogram.counts)
+    assert (seen.histogram.exponent, seen.histogram.largest) == (whole.histogram.exponent, whole.histogram.largest)
+    partial.write_bytes(b"half of a file")
+    with pytest.raises(StorageError, match=r"ranges\.partial cannot be read"):
+        collect_ranges(run, examples(), [tap], partial=partial, **options)
+
+
 def test_numbers_that_are_none_are_an_error() -> None:
     def run(batch: Mapping[str, Array]) -> Mapping[str, Array]:
         return {"x": activations(batch["input_ids"]) * np.inf}

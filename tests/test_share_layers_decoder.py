@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,8 +19,13 @@ from test_share_layers import HOWS, share
 from headwise.errors import PlanError, SurgeryError
 from headwise.export.decoder import decoder_to_onnx
 from headwise.export.generate import generate as write
+from headwise.export.onnx import ExportInfo
 from headwise.export.ports import first_call
+from headwise.export.precision import ExportSpec, convert_precision
+from headwise.export.profiles import profiles_for
 from headwise.export.stepping import OrtDecoder
+from headwise.export.targets import resolve_target
+from headwise.export.tensorrt import build_engine
 from headwise.gates.cost import graph_cost
 from headwise.gates.model_cost import kv_bytes_per_token
 from headwise.model import latent_surgery
@@ -30,6 +36,8 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.share_layers import ShareLayersPass
+
+HAS_BUILDER = importlib.util.find_spec("tensorrt_rtx") is not None
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"rank": 6}),
@@ -98,32 +106,53 @@ def test_layers_with_equal_inputs_and_weights_share_without_loss(options: dict[s
     assert largest_difference(found, wanted) < (1e-5 if options else 1e-2)
 
 
-@pytest.mark.parametrize("options", [{"rank": 6}, {"how": "reuse"}])
-def test_a_graph_writes_what_torch_writes_without_anything_dead_in_it(options: dict[str, Any], tmp_path: Path) -> None:
+class Exported(NamedTuple):
+    """A decoder whose first two layers share one state, and its graph."""
+
+    view: ModelView
+    path: Path
+    info: ExportInfo
+
+
+@pytest.fixture(scope="module", params=[{"rank": 10}, {"how": "reuse"}], ids=["latent", "heads"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     view = ModelView.of(llama())
     task, examples = samples(view, "llama")
-    run_pass(ShareLayersPass.model_validate(options), view, ModelView.of(llama()), task, examples)
-    info = decoder_to_onnx(view, np.array([[5, 9, 7], [3, 8, 6]]), tmp_path / "model.onnx")
+    run_pass(ShareLayersPass.model_validate(request.param), view, ModelView.of(llama()), task, examples)
+    path = tmp_path_factory.mktemp("shared") / "model.onnx"
+    return Exported(view, path, decoder_to_onnx(view, np.array([[5, 9, 7], [3, 8, 6]]), path))
+
+
+def test_a_graph_has_no_ports_and_no_projections_of_followers(exported: Exported) -> None:
+    view, path, info = exported
     past = {name for name in info.inputs if name.startswith("past")}
-    latent = "rank" in options
+    latent = view.layout.attention[0].latent > 0
     expected = {"0.latent"} if latent else {"0.key", "0.value"}
     assert past == {f"past_key_values.{name}" for name in expected | {"2.key", "2.value"}}
     if latent:
-        assert info.inputs["past_key_values.0.latent"][1] == ("batch", 1, "past_sequence", 6)
-    else:
-        inputs = {name: dims for name, (_, dims) in info.inputs.items()}
-        row = first_call({"input_ids": np.ones((1, 6), np.int64)}, inputs)
-        cost = graph_cost(tmp_path / "model.onnx", {name: array.shape for name, array in row.items()})
-        scopes = cost.by_scope
-        assert {name.split(".")[-1] for name in scopes if "layers.1.self_attn" in name} == {
-            "self_attn",
-            "q_proj",
-            "o_proj",
-        }
-    wanted = torch_generates(view, PROMPTS, 200)
-    with OrtDecoder(tmp_path / "model.onnx", threads=1) as graph:
+        assert info.inputs["past_key_values.0.latent"][1] == ("batch", 1, "past_sequence", 10)
+        return
+    inputs = {name: dims for name, (_, dims) in info.inputs.items()}
+    row = first_call({"input_ids": np.ones((1, 6), np.int64)}, inputs)
+    scopes = graph_cost(path, {name: array.shape for name, array in row.items()}).by_scope
+    of_follower = {name.split(".")[-1] for name in scopes if "layers.1.self_attn" in name}
+    assert of_follower == {"self_attn", "q_proj", "o_proj"}
+
+
+def test_200_tokens_of_a_padded_batch_are_those_of_torch(exported: Exported) -> None:
+    wanted = torch_generates(exported.view, PROMPTS, 200)
+    with OrtDecoder(exported.path, threads=1) as graph:
         found = write(graph, PROMPTS, new_tokens=200, batch=4)
     assert [text.tokens for text in found] == wanted
+
+
+@pytest.mark.skipif(not HAS_BUILDER, reason="tensorrt_rtx is not installed: no engine can be built")
+def test_an_engine_has_fused_attention_in_every_layer(exported: Exported, tmp_path: Path) -> None:
+    convert_precision(exported.path, tmp_path / "half.onnx", "fp16")
+    shapes = profiles_for(tmp_path / "half.onnx", ExportSpec(context=100), {"sequence": 256})
+    info = build_engine(tmp_path / "half.onnx", tmp_path / "engine", resolve_target("sm86"), profiles=shapes)
+    assert info.listing is not None
+    assert info.listing.fused_attention == 3
 
 
 @pytest.mark.parametrize(("family", "options"), [("qwen2", {"rank": 6}), ("gpt2", {"how": "reuse"}), ("gpt2", {})])

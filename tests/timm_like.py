@@ -91,6 +91,16 @@ class VisionTransformer(nn.Module):
         return output
 
 
+def timm_attention(dim: int, num_heads: int, *, qk_norm: bool = False) -> nn.Module:
+    """timm's own attention module with biases, or the one above."""
+    if importlib.util.find_spec("timm") is None:
+        return Attention(dim, num_heads, qk_norm=qk_norm)
+    from timm.layers.attention import Attention as Original  # type: ignore[import-not-found]
+
+    found: nn.Module = Original(dim, num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+    return found
+
+
 def timm_vit(dim: int = 32, depth: int = 3, num_heads: int = 4, hidden: int = 48) -> nn.Module:
     """Factory for checkpoints of a tiny ViT for images of 8 x 8 pixels, with layer scale."""
     if importlib.util.find_spec("timm") is None:

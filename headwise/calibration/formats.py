@@ -73,8 +73,28 @@ def representable(scale: Array | float, dtype: np.dtype[Any]) -> Array:
 
 
 def input_scale(largest: float, number: Format, dtype: np.dtype[Any]) -> float:
-    """The scale of an activation tensor whose magnitude ``largest`` becomes the largest code."""
-    return float(representable(largest / GRIDS[number].largest, dtype))
+    """The scale of an activation tensor whose magnitude ``largest`` becomes the largest code.
+
+    In nvfp4 it is the factor that the scales of all blocks share; the largest of them is the largest fp8 number.
+    """
+    return float(representable(largest / GRIDS[number].largest / (_LARGEST_SCALE if number == "nvfp4" else 1), dtype))
+
+
+def round_blocks(values: Array, shared: float, dtype: np.dtype[Any]) -> Array:
+    """(R, K) the numbers that nvfp4 codes of activations stand for; a block whose scale vanishes becomes zeros.
+
+    Args:
+        values: (R, K), K a multiple of 16.
+        shared: factor of the scales of all blocks.
+        dtype: of the graph.
+    """
+    grid = GRIDS["nvfp4"]
+    blocks = np.asarray(values, np.float32).reshape(-1, grid.block or 1)
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    wanted = np.minimum(largest / np.float32(grid.largest * shared), _LARGEST_SCALE)
+    scale = wanted.astype(_SCALE_GRID).astype(np.float32) * np.float32(shared)
+    codes = encode(blocks, np.where(scale == 0, 1.0, scale), "nvfp4")
+    return decode(codes, scale.astype(dtype)).reshape(values.shape)
 
 
 def quantize_weight(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwise.calibration.formats import decode, encode, input_scale
+from headwise.calibration.formats import decode, encode, input_scale, round_blocks
 from headwise.model.quantization import MatrixPlan
 
 Array = NDArray[Any]
@@ -21,6 +21,8 @@ def quantized_input(rows: Array, plan: MatrixPlan, dtype: np.dtype[Any]) -> Arra
     if plan.format is None or plan.input_largest is None:
         return rows
     scale = input_scale(plan.input_largest, plan.format, dtype)
+    if plan.format == "nvfp4":
+        return round_blocks(rows, scale, dtype)
     return decode(encode(rows, scale, plan.format), scale)
 
 

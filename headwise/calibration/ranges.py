@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,11 @@ Array = NDArray[Any]
 Progress = Callable[[int], None]
 
 _SHIFT = np.uint64(20)
+_INTERVAL = 30.0
+"""Seconds between two writes of what was seen so far, at least."""
+_SHARE = 10
+"""They are also this many times as long as a write takes."""
+_STATE = ("largest", "magnitude", "rows", "keys", "square")
 
 
 class RunTaps(Protocol):
@@ -80,6 +86,7 @@ def collect_ranges(
     padding: bool = False,
     batch_size: int = 32,
     progress: Progress | None = None,
+    partial: Path | None = None,
 ) -> dict[str, Observed]:
     """Run the calibration samples once and look at every tap.
 
@@ -93,12 +100,21 @@ def collect_ranges(
         batch_size: samples per batch; without padding results do not depend on it beyond the rounding of
             ``magnitude`` and ``moment``.
         progress: called with the number of samples of every finished batch.
+        partial: file that holds what was seen so far, written twice a minute at most. A run that was killed goes on
+            behind it, and sees what it would have seen. Its name has to stand for all other arguments.
 
     Raises:
         DataError: an activation is not finite.
+        StorageError: ``partial`` is damaged, or cannot be written.
     """
     sums = {tap.name: _Sums(tap, rows, moment=tap.name in moments) for tap in taps}
-    for batch in examples.batches(batch_size):
+    done = _resume(partial, sums) if partial is not None and partial.exists() else 0
+    due = time.monotonic() + _INTERVAL
+    for number, batch in enumerate(examples.batches(batch_size)):
+        if number < done:
+            if progress is not None:
+                progress(len(batch.samples))
+            continue
         found = run(batch.inputs)
         for name, total in sums.items():
             tokens, keys = _tokens(found[name], total.tap, batch, padding=padding)
@@ -111,6 +127,11 @@ def collect_ranges(
             total.add(tokens, keys)
         if progress is not None:
             progress(len(batch.samples))
+        if partial is not None and (now := time.monotonic()) > due:
+            _keep(partial, sums, number + 1)
+            due = time.monotonic() + max(_INTERVAL, _SHARE * (time.monotonic() - now))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     return {name: total.result() for name, total in sums.items()}
 
 
@@ -152,6 +173,35 @@ class _Sums:
             rows=self.rows[np.argsort(self.keys, kind="stable")],
             moment=(self.square / self.tokens).astype(np.float32) if self.moment else None,
         )
+
+
+def _keep(path: Path, sums: Mapping[str, _Sums], done: int) -> None:
+    """Write the sums of the first ``done`` batches."""
+    arrays: dict[str, Array] = {"done": np.array(done)}
+    for index, total in enumerate(sums.values()):
+        histogram = total.histogram
+        numbers = np.array([total.tokens, histogram.exponent, histogram.largest])
+        state = {name: getattr(total, name) for name in _STATE}
+        fields = {**state, "counts": histogram.counts, "numbers": numbers}
+        arrays |= {f"{index}.{name}": values for name, values in fields.items() if values is not None}
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def _resume(path: Path, sums: Mapping[str, _Sums]) -> int:
+    """Fill the sums with what ``_keep`` wrote; the number of batches that they are of."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            for index, total in enumerate(sums.values()):
+                for name in _STATE:
+                    setattr(total, name, stored[f"{index}.{name}"])
+                tokens, exponent, largest = stored[f"{index}.numbers"].tolist()
+                total.tokens = int(tokens)
+                total.histogram = Histogram(int(exponent), stored[f"{index}.counts"], largest)
+            return int(stored["done"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise _damaged(path, error) from error
 
 
 def pooled(seen: Sequence[Observed]) -> Observed:
@@ -247,8 +297,12 @@ def load_ranges(path: Path) -> dict[str, Observed]:
                 for index, entry in enumerate(about)
             }
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise StorageError(
-            f"{path} cannot be read: {error}",
-            expected="ranges that headwise wrote",
-            fix="delete the file and run the same command again",
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StorageError:
+    return StorageError(
+        f"{path} cannot be read: {error}",
+        expected="ranges that headwise wrote",
+        fix="delete the file and run the same command again",
+    )

@@ -131,6 +131,17 @@ def importance(components: Components, angles: torch.Tensor, length: int, select
     return components.energy * change[components.frequency]
 
 
+def of_every_frequency(components: Components, worth: torch.Tensor, count: int) -> torch.Tensor:
+    """(C,) the same worth where a component is among the ``count`` best of its frequency and head, else -inf."""
+    kept = torch.full_like(worth, -torch.inf)
+    for head in components.head.unique():
+        for frequency in components.frequency.unique():
+            own = torch.nonzero((components.head == head) & (components.frequency == frequency))[:, 0]
+            best = own[worth[own].argsort(descending=True, stable=True)[:count]]
+            kept[best] = worth[best]
+    return kept
+
+
 def keep_rotary(
     keys: torch.Tensor, components: Components, worth: torch.Tensor, numbers: int, rotated: int
 ) -> RotaryParts:

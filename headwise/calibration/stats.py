@@ -21,6 +21,7 @@ from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
 from headwise.calibration.tasks import Batch, Examples, Task
+from headwise.calibration.timing import LatencyTable
 from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
@@ -112,11 +113,13 @@ class HeadStats:
         values: statistic -> one tensor per layer (``GAUSS_NEWTON``: one tensor in all).
         samples: number of samples.
         digest: digest of the data that they were collected on.
+        latency: what layers take on some machine, for passes that are ``timed``.
     """
 
     values: Mapping[Stat, tuple[torch.Tensor, ...]]
     samples: int
     digest: str
+    latency: LatencyTable | None = None
 
     def __getitem__(self, stat: Stat) -> tuple[torch.Tensor, ...]:
         return self.values[stat]
@@ -287,10 +290,8 @@ class _Sums:
             every[Stat.NEURON_SIZE] = self.neurons.size()
         if Stat.FEATURE_MOMENT in self.needs:
             every[Stat.FEATURE_MOMENT] = self.features.means()
-        for stat, moments in (
-            (Stat.INPUT_MOMENT, self.moments),
-            (Stat.QUERY_MOMENT, self.moments | self.query_moments),
-        ):
+        both = {Stat.INPUT_MOMENT: self.moments, Stat.QUERY_MOMENT: self.moments | self.query_moments}
+        for stat, moments in both.items():
             if stat in self.needs:
                 # The last entry counts the tokens.
                 every[stat] = tuple(m / m[-1, -1] for _, m in sorted(moments.items()))

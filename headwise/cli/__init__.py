@@ -21,6 +21,7 @@ from headwise.cli.common import (
     show,
     show_or_dump,
 )
+from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
 from headwise.errors import RecipeError
 
@@ -236,8 +237,10 @@ def schema() -> None:
 
 
 main.add_command(bench)
+main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
+main.add_command(to_hf)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:

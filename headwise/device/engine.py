@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from headwise.device.arrays import ANY, BF16, Array, Arrays, Port, restore, stored_dtype
+from headwise.device.arrays import ANY, BF16, FP8, Array, Arrays, Port, restore, stored_dtype
 from headwise.device.cuda import DeviceMemory, require_gpu
 from headwise.device.runtimes import load_runtime
 from headwise.errors import EngineError, MachineError
@@ -20,6 +20,7 @@ _DTYPES = {
     "INT64": "int64",
     "INT32": "int32",
     "INT8": "int8",
+    "FP8": FP8,
     "UINT8": "uint8",
     "BOOL": "bool",
 }

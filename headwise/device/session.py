@@ -17,6 +17,8 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+DISABLED_OPTIMIZERS = ("QDQPropagationTransformer",)
+"""It lets nodes that move data read codes; those of ONNX Runtime take no fp8."""
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -60,7 +62,9 @@ def open_session(path: Path, *, threads: int | None = None, provider: str = "cpu
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(str(path), options, providers=[asked])
+        session = ort.InferenceSession(
+            str(path), options, providers=[asked], disabled_optimizers=list(DISABLED_OPTIMIZERS)
+        )
     except Exception as error:  # ONNX Runtime's own exception classes share no public base
         raise ExportError(
             f"ONNX Runtime refuses {path.name}: {str(error).strip()}",

@@ -184,7 +184,7 @@ class Channels:
         maker = self.makers[tensor]
         if maker.op_type == "RotaryEmbedding":
             return self.heads(maker.input[0], maker, exponents)
-        if _behind_past(maker):
+        if behind_past(maker):
             return self.heads(maker.input[1], maker, exponents)
         split = self.makers.get(maker.input[0])
         if not heads_first(maker) or split is None or split.op_type != "Reshape":
@@ -198,7 +198,7 @@ class Channels:
         return name in self.constants and not numpy_helper.to_array(self.constants[name]).any()
 
 
-def _behind_past(node: NodeProto) -> bool:
+def behind_past(node: NodeProto) -> bool:
     """Whether a node puts the keys or values of a call behind those of earlier calls."""
     return node.op_type == "Concat" and len(node.input) == 2 and is_past(node.input[0])
 

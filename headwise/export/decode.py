@@ -1,4 +1,4 @@
-"""The same graph with its weights decoded, for a runtime that lacks their format: ONNX Runtime has no fp4 and no MX."""
+"""The same graph for a runtime that lacks its formats: ONNX Runtime has no fp4 and no MX, and joins no fp8 tensors."""
 
 from __future__ import annotations
 
@@ -10,22 +10,36 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from headwise.export.blocks import TRT, spell_out_blocks
 from headwise.export.edits import drop_unused
-from headwise.export.quantize import MXFP8_DECODE, TRT
+from headwise.export.kv_cache import decode_caches
+from headwise.export.quantize import MXFP8_DECODE
 
 Array = NDArray[Any]
 
 
-def decode_weights(source: Path, target: Path) -> bool:
-    """Write ``source`` with the weights as numbers that ONNX Runtime cannot decode itself.
+def decode_for_onnxruntime(source: Path, target: Path) -> bool:
+    """Write ``source`` with numbers in the place of codes that ONNX Runtime cannot compute with.
 
-    What is decoded are the codes and scales of the file, in the arithmetic that the formats prescribe.
+    Weights become constants, by the codes and scales of the file. A cache of fp8 codes becomes one of the numbers that
+    these codes stand for: every call rounds its new tokens as the graph for TensorRT does. Activations in blocks are
+    rounded by the arithmetic of the node that does it in TensorRT.
 
     Returns:
         Whether there was something to decode; otherwise nothing is written.
     """
     model = onnx.load(str(source))
-    graph = model.graph
+    if not (_decode_weights(model.graph) | decode_caches(model.graph) | spell_out_blocks(model)):
+        return False
+    kept = [entry for entry in model.opset_import if entry.domain != TRT]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    drop_unused(model.graph)
+    onnx.save(model, str(target))
+    return True
+
+
+def _decode_weights(graph: onnx.GraphProto) -> bool:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     decoded: list[NodeProto] = []
     needed = [node for node in graph.node if _unknown(node, constants)]
@@ -37,16 +51,9 @@ def decode_weights(source: Path, target: Path) -> bool:
             graph.initializer.append(tensor)
             constants[tensor.name] = tensor
             decoded.append(node)
-    if not decoded:
-        return False
     for node in decoded:
         graph.node.remove(node)
-    kept = [entry for entry in model.opset_import if entry.domain != TRT]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-    drop_unused(graph)
-    onnx.save(model, str(target))
-    return True
+    return bool(decoded)
 
 
 def _unknown(node: NodeProto, constants: dict[str, TensorProto]) -> bool:

@@ -29,7 +29,8 @@ from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
 from headwise.model.decoder import positions, why_no_cache
 from headwise.model.forward import to_torch
-from headwise.model.latent_attention import LatentAttention, latent_form
+from headwise.model.latent_attention import LatentAttention
+from headwise.model.latent_form import latent_form
 from headwise.model.view import ModelView
 from headwise.tolerances import ONNX_PARITY
 

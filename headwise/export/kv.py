@@ -17,10 +17,12 @@ from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS
 from headwise.errors import ExportError
-from headwise.export.absorb import Channels, Edits, heads_first
+from headwise.export.absorb import Channels, Edits, behind_past, heads_first
 from headwise.export.edits import insert_before
 from headwise.export.graph import module_path
+from headwise.export.kv_cache import find_held, fold_latent, quantize_held
 from headwise.export.matrices import products
+from headwise.model.cache import read_port
 from headwise.model.quantization import Format
 
 _KEYS, _VALUES = 1, 2
@@ -28,43 +30,63 @@ _KEYS, _VALUES = 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cached:
-    """Keys or values as an attention reads them: what a cache holds.
+    """Keys or values as an attention reads them, or whatever else a decoder caches.
 
     Attributes:
         name: of the (B, N, T, H) tensor.
         heads: N.
         width: H.
         pairs: channels of a head that rotary positions mix, as (first, second).
+        label: path of the attention layer, and ``key``, ``value`` or how the cache calls it.
     """
 
     name: str
     heads: int
     width: int
     pairs: tuple[tuple[int, int], ...] = ()
+    label: str = ""
 
 
-def find_cached(model: onnx.ModelProto, scopes: Collection[str] = ()) -> tuple[Cached, ...]:
-    """Keys and values of every attention, in the order of the graph.
+def find_cached(model: onnx.ModelProto, scopes: Sequence[str] = ()) -> tuple[Cached, ...]:
+    """What a decoder's graph caches, or the keys and values of every attention, in the order of the graph.
 
     Args:
         model: an fp32 graph with the shapes that the exporter wrote.
-        scopes: module paths of the attention layers.
+        scopes: module paths of the attention layers, in their order.
 
     Raises:
-        ExportError: a layer has no Attention operator on four axes, or the graph has a cache.
+        ExportError: a layer has no Attention operator on four axes, or its cache is filled in a way not known.
     """
     graph = Channels(model.graph)
+    held = find_held(graph)
+    return _in_cache(graph, held, scopes) if held else _behind_projections(graph, scopes)
+
+
+def _in_cache(graph: Channels, held: Collection[str], scopes: Sequence[str]) -> tuple[Cached, ...]:
+    found = []
+    for name in held:
+        layer, kind = read_port(name)
+        heads, width = graph.dims[name][1], graph.dims[name][3]
+        scope = scopes[layer] if scopes else str(layer)
+        pairs = _pairs(graph, name, width)
+        found.append(Cached(name=name, heads=heads, width=width, pairs=pairs, label=f"{scope}.{kind}"))
+    return tuple(found)
+
+
+def _behind_projections(graph: Channels, scopes: Sequence[str]) -> tuple[Cached, ...]:
     found: dict[str, Cached] = {}
     missing = list(scopes) or [""]
-    for node in _attention(model.graph):
-        for index in (_KEYS, _VALUES):
+    for node in _attention(graph.graph):
+        path = module_path(node)
+        scope = next((scope for scope in scopes if f"{path}.".startswith(f"{scope}.")), path)
+        for index, kind in ((_KEYS, "key"), (_VALUES, "value")):
             name = node.input[index]
-            _refuse_cache(graph, name)
             dims = graph.dims.get(name, [])
             if len(dims) == 4 and dims[1] and dims[3]:
                 pairs = _pairs(graph, name, dims[3]) if index == _KEYS else ()
-                found.setdefault(name, Cached(name=name, heads=dims[1], width=dims[3], pairs=pairs))
-                missing = [scope for scope in missing if scope and not f"{module_path(node)}.".startswith(f"{scope}.")]
+                entry = Cached(name=name, heads=dims[1], width=dims[3], pairs=pairs, label=f"{scope}.{kind}")
+                found.setdefault(name, entry)
+                missing = [other for other in missing if other and other != scope]
     if missing:
         raise ExportError(
             f"the keys and values of {missing[0] or 'the attention'} cannot be told in the graph",
@@ -96,23 +118,30 @@ def fold_channels(model: onnx.ModelProto, scales: Mapping[str, NDArray[np.float6
             if taken is not None and made_up is not None:
                 graph.apply([*taken, *made_up])
                 folded.add(name)
-    return frozenset(folded)
+    left = [name for name in find_held(graph) if name in scales and name not in folded]
+    return frozenset(folded | {name for name in left if fold_latent(graph, name, scales[name])})
 
 
-def quantize_cached(model: onnx.ModelProto, scales: Mapping[str, float], number: Format) -> None:
-    """Put a pair of QuantizeLinear and DequantizeLinear behind tensors that attention reads, in place.
+def quantize_cached(model: onnx.ModelProto, scales: Mapping[str, float], formats: Mapping[str, Format]) -> None:
+    """Make codes of what attention reads, in place: in a cache, or by a pair of QuantizeLinear and DequantizeLinear.
 
     Args:
         model: an fp32 graph.
         scales: tensor -> its one scale.
-        number: format of the codes.
+        formats: tensor -> format of its codes.
     """
+    held = {name: node for name, node in find_held(Channels(model.graph)).items() if name in scales}
+    quantize_held(model, held, scales, formats)
+    _quantize_apart(model, {name: scale for name, scale in scales.items() if name not in held}, formats)
+
+
+def _quantize_apart(model: onnx.ModelProto, scales: Mapping[str, float], formats: Mapping[str, Format]) -> None:
     graph = model.graph
     before: dict[str, list[NodeProto]] = {}
     readers = _attention(graph)
     for name, scale in scales.items():
         stem = f"{name}_kv"
-        constants = {f"{stem}_scale": np.float32(scale), f"{stem}_zero": np.zeros((), GRIDS[number].dtype)}
+        constants = {f"{stem}_scale": np.float32(scale), f"{stem}_zero": np.zeros((), GRIDS[formats[name]].dtype)}
         graph.initializer.extend(numpy_helper.from_array(np.asarray(value), key) for key, value in constants.items())
         pair = [
             helper.make_node("QuantizeLinear", [name, *constants], [f"{stem}_codes"], name=f"{stem}_q"),
@@ -131,21 +160,11 @@ def _attention(graph: onnx.GraphProto) -> Sequence[NodeProto]:
     return [node for node in graph.node if node.op_type == "Attention" and len(node.input) > _VALUES]
 
 
-def _refuse_cache(graph: Channels, name: str) -> None:
-    """A pair of nodes behind a cache would leave the cache as it is, which is not what was asked for."""
-    maker = graph.makers.get(name)
-    given = {value.name for value in graph.graph.input}
-    if maker is not None and maker.op_type == "Concat" and given.intersection(maker.input):
-        raise ExportError(
-            f"{given.intersection(maker.input).pop()} is a cache, and quantize.kv does not reach into caches",
-            expected="a graph without a cache",
-            fix="set export.cache to false to see what keys and values in this format would cost",
-        )
-
-
 def _pairs(graph: Channels, name: str, width: int) -> tuple[tuple[int, int], ...]:
     """Channels that rotary positions mix, where a RotaryEmbedding makes the tensor."""
     maker = graph.makers.get(name)
+    if maker is not None and behind_past(maker):
+        maker = graph.makers.get(maker.input[1])
     if maker is None or maker.op_type != "RotaryEmbedding":
         return ()
     attributes = {item.name: item.i for item in maker.attribute}

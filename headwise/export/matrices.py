@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
 from headwise.calibration.ranges import Tap
+from headwise.device.arrays import store
+from headwise.device.session import DISABLED_OPTIMIZERS, ports
 from headwise.errors import ExportError
 from headwise.export.graph import module_path
 from headwise.export.ports import first_call
@@ -175,13 +177,18 @@ class TapRunner:
         self._wanted = [name for name in self._names if name not in given]
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self._inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
+        self._session = ort.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(DISABLED_OPTIMIZERS),
+        )
+        self._inputs = ports(self._session.get_inputs())
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """The tensors for one batch."""
-        complete = first_call(batch, self._inputs)
-        feed = {name: array for name, array in complete.items() if name in self._inputs}
+        complete = first_call(batch, {name: port.dims for name, port in self._inputs.items()})
+        feed = {name: store(complete[name], port.dtype) for name, port in self._inputs.items() if name in complete}
         found = dict(zip(self._wanted, self._session.run(self._wanted, feed), strict=True)) if self._wanted else {}
         return {**found, **{name: np.asarray(batch[name]) for name in self._given}}
 

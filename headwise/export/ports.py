@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -31,6 +34,16 @@ def axis_names(layout: CacheLayout) -> dict[str, dict[int, str]]:
     for name, tensor in layout.past().items():
         names[name] = {0: "batch", len(tensor.shape): PAST_SEQUENCE}
     return names
+
+
+def cache_bytes(path: Path) -> int:
+    """Bytes of one token in the cache of a decoder's graph, of all layers; 0 without a cache."""
+    total = 0
+    for value in filter(lambda value: is_past(value.name), onnx.load(str(path), load_external_data=False).graph.input):
+        kind = value.type.tensor_type
+        sizes = [dim.dim_value for dim in kind.shape.dim if dim.dim_value]
+        total += prod(sizes) * onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+    return total
 
 
 def first_call(batch: Arrays, inputs: Mapping[str, Dims]) -> dict[str, NDArray[Any]]:

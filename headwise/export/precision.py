@@ -17,7 +17,7 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 from pydantic import Field, model_validator
 
 from headwise.errors import ExportError
-from headwise.export.angles import angle_nodes, only_for, without_detours
+from headwise.export.angles import Angles
 from headwise.spec import Spec
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -120,7 +120,9 @@ def to_precision(model: onnx.ModelProto, precision: Precision, *, keep_io: bool 
     """The model in another precision, see :func:`convert_precision`; the one that was given must not be used again."""
     if precision == "fp32":
         return model
+    angles = Angles.of(model)
     model = _to_float16(model, keep_io) if precision == "fp16" else _to_bfloat16(model, keep_io)
+    angles.put_back(model.graph, TensorProto.FLOAT16 if precision == "fp16" else TensorProto.BFLOAT16)
     check_graph(model, f"the {precision} graph", fix="use precision fp32, or the other half type")
     return model
 
@@ -161,9 +163,7 @@ def _to_float16(model: onnx.ModelProto, keep_io: bool) -> onnx.ModelProto:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line per weight that is rounded up from below 6e-8
-            angles = sorted(angle_nodes(model.graph))
-            converted = OnnxModel(convert_float_to_float16(model, keep_io_types=keep_io, node_block_list=angles))
-            without_detours(converted.model.graph, TensorProto.FLOAT16)
+            converted = OnnxModel(convert_float_to_float16(model, keep_io_types=keep_io))
             converted.topological_sort()  # the casts of inputs are appended at the end
     finally:
         logger.setLevel(level)
@@ -172,22 +172,18 @@ def _to_float16(model: onnx.ModelProto, keep_io: bool) -> onnx.ModelProto:
 
 
 def _to_bfloat16(model: onnx.ModelProto, keep_io: bool) -> onnx.ModelProto:
-    """Retype every float value; an operator without bf16 in its schema, and angles, run in fp32 between casts."""
+    """Retype every float value; an operator without bf16 in its schema runs in fp32 between casts."""
     graph = model.graph
-    angles = angle_nodes(graph)
-    exact = only_for(angles, graph)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     known = [*inferred.input, *inferred.output, *inferred.value_info]
     floats = {value.name for value in known if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     floats |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    floats -= exact
     opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     for tensor in graph.initializer:
-        if tensor.name not in exact:
-            _round(tensor)
+        _round(tensor)
     nodes: list[NodeProto] = []
     for node in graph.node:
-        nodes += _retyped(node, floats, opset, exact=node.name in angles)
+        nodes += _retyped(node, floats, opset)
     ports = [*graph.input, *graph.output]
     if keep_io:
         nodes = _float_ports(graph, nodes, floats)
@@ -196,7 +192,6 @@ def _to_bfloat16(model: onnx.ModelProto, keep_io: bool) -> onnx.ModelProto:
             value.type.tensor_type.elem_type = TensorProto.BFLOAT16
     del graph.node[:]
     graph.node.extend(nodes)
-    without_detours(graph, TensorProto.BFLOAT16)
     return model
 
 
@@ -209,8 +204,8 @@ def _round(tensor: TensorProto) -> None:
     tensor.CopyFrom(numpy_helper.from_array(clipped.astype(ml_dtypes.bfloat16), tensor.name))
 
 
-def _retyped(node: NodeProto, floats: set[str], opset: int, *, exact: bool) -> Iterator[NodeProto]:
-    """The node in bf16, or in fp32 between casts: where it has to be ``exact``, or where there is no bf16 for it."""
+def _retyped(node: NodeProto, floats: set[str], opset: int) -> Iterator[NodeProto]:
+    """The node in bf16, or in fp32 between casts."""
     for attribute in node.attribute:
         if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             raise ExportError(
@@ -218,15 +213,12 @@ def _retyped(node: NodeProto, floats: set[str], opset: int, *, exact: bool) -> I
                 expected="a graph without control flow for bf16",
                 fix="use precision fp16",
             )
-    if node.op_type == "Constant" and node.output[0] in floats and not exact:
+    if node.op_type == "Constant" and node.output[0] in floats:
         value = _constant(node)
         _round(value)
         yield helper.make_node("Constant", [], list(node.output), name=node.name, value=value)
         return
-    unsupported: Mapping[str, list[str]] = _without_bfloat16(node, floats, opset)
-    if exact:
-        sides = ("inputs", node.input), ("outputs", node.output)
-        unsupported = {side: [name for name in names if name in floats] for side, names in sides}
+    unsupported = _without_bfloat16(node, floats, opset)
     inputs = {name: f"{node.name}_{name}_fp32" for name in dict.fromkeys(unsupported["inputs"])}
     outputs = {name: f"{node.name}_{name}_fp32" for name in unsupported["outputs"]}
     for name, cast in inputs.items():

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS, input_scale
+from headwise.export.blocks import TRT, block_nodes
 from headwise.export.edits import drop_unused, insert_before
+from headwise.export.kv_cache import code_caches
 from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import Precision, check_graph, to_precision
 from headwise.model.quantization import Codes, Format, MatrixPlan, QuantPlan, scheme
@@ -31,7 +33,7 @@ SCALE_DTYPES: Mapping[Precision, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 """Scales have the type of the graph: DequantizeLinear writes what its scale is."""
-TRT, MXFP8_DECODE = "trt", "TRT_MXFP8DequantizeLinear"
+MXFP8_DECODE = "TRT_MXFP8DequantizeLinear"
 """ONNX has no scales that are powers of two only; TensorRT has a node of its own for them."""
 _E8M0_BIAS = 127
 
@@ -108,9 +110,10 @@ def write_quantized(
     ]
     promises += [writer.store(name, node, tables[name], codes[name]) for name, node in rows]
     writer.finish()
-    if any(entry.format == "mxfp8" for entry in planned.values()):
+    if any(node.domain == TRT for node in model.graph.node):
         model.opset_import.append(helper.make_opsetid(TRT, 1))
     check_graph(model, "the quantized graph", fix="report this with the recipe: it is a bug in headwise")
+    code_caches(model.graph, "fp8")
     onnx.save(model, str(dst))
     return QuantizedGraph(bytes=dst.stat().st_size, promises=tuple(promises))
 
@@ -175,13 +178,16 @@ class _Writer:
         if key not in self.inputs:
             stem = f"{tensor}_{plan.format}" + (f"_{len(self.inputs)}" if self._taken(tensor, plan.format) else "")
             scale = np.asarray(input_scale(plan.input_largest, plan.format, self.dtype)).astype(self.dtype)
+            self.inputs[key] = f"{stem}_values"
+            if plan.format == "nvfp4":
+                nodes += block_nodes(tensor, self._constant(scale, f"{stem}_scale"), stem)
+                return self.inputs[key]
             zero = np.zeros((), GRIDS[plan.format].dtype)
             names = [self._constant(scale, f"{stem}_scale"), self._constant(zero, f"{stem}_zero")]
             nodes.append(helper.make_node("QuantizeLinear", [tensor, *names], [f"{stem}_codes"], name=f"{stem}_q"))
             nodes.append(
                 helper.make_node("DequantizeLinear", [f"{stem}_codes", *names], [f"{stem}_values"], name=f"{stem}_dq")
             )
-            self.inputs[key] = f"{stem}_values"
         return self.inputs[key]
 
     def _taken(self, tensor: str, number: str) -> bool:

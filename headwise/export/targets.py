@@ -38,6 +38,7 @@ _FIRST: Mapping[str, tuple[int, str]] = {
     "fp8": (89, "fp8 begins with Ada"),
     "fp8-weights": (89, "fp8 begins with Ada"),
     "int4-weights": (80, "int4 weights begin with Ampere"),
+    "nvfp4": (120, "fp4 begins with Blackwell"),
     "nvfp4-weights": (120, "fp4 begins with Blackwell"),
     "mxfp8-weights": (89, "fp8 begins with Ada"),
     "int8-kv": (75, ""),

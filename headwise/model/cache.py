@@ -75,3 +75,9 @@ def is_present(name: str) -> bool:
 def next_past(present: str) -> str:
     """The input that takes what an output gave."""
     return PAST + present.removeprefix(PRESENT)
+
+
+def read_port(name: str) -> tuple[int, str]:
+    """Number of the layer and name of the tensor of an input or output: ``present.0.key`` is (0, ``key``)."""
+    _, layer, tensor = name.split(".")
+    return int(layer), tensor

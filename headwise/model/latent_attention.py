@@ -7,11 +7,8 @@ M rotary keys per token: one that all heads share, or one per kv head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,26 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headwise.model.attention import linear
 from headwise.model.grouped import attention_dropout, eager_attention
 from headwise.model.latent import LatentProjections, Slot
+from headwise.model.latent_form import chosen_form
 from headwise.model.layout import AttentionLayout
 from headwise.model.rotation import Tables, rotate, with_past
-
-Form = Literal["auto", "absorbed", "unabsorbed"]
-_form: ContextVar[Form] = ContextVar("latent_form", default="auto")
-
-
-@contextmanager
-def latent_form(name: Form) -> Iterator[None]:
-    """Choose how latent attention computes while the block runs.
-
-    ``unabsorbed`` computes keys and values of all heads from the latents: the least work for many query tokens.
-    ``absorbed`` moves that into queries and outputs, so that attention reads the latents as they are: the least work
-    for one query token and many latents. ``auto`` absorbs where one token is added to a cache.
-    """
-    token = _form.set(name)
-    try:
-        yield
-    finally:
-        _form.reset(token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +118,7 @@ class LatentAttention(nn.Module):
         if position_embeddings is not None:
             turned = self._turned(turned, position_embeddings, query.shape[2] // len(self.frequencies))
             plain = plain if self.angles is None else rotate(plain, position_embeddings)
-        form = _form.get()
-        if form == "auto":
-            form = "absorbed" if cache is not None and hidden_states.shape[1] == 1 else "unabsorbed"
+        form = chosen_form(single=cache is not None and hidden_states.shape[1] == 1)
         attend = self._absorbed if form == "absorbed" and self.absorbs else self._unabsorbed
         mixed, weights = attend(plain, turned, state, attention_mask, kwargs)
         output: torch.Tensor = self.resid_dropout(self.out_proj(mixed.flatten(2)))

@@ -49,7 +49,7 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
             "share-kv: keys are merged per pair of rotated coordinates "
             f"({layer.rotated} of {layer.layout.head_dim} in a head), which loses more than a free basis"
         )
-    if family.ungrouped or isinstance(layer.module, GroupedAttention):
+    if family.ungrouped or (isinstance(layer.module, GroupedAttention) and not layer.layout.compressed):
         yield (
             "share-kv, cluster-heads: the class needs as many keys and values as queries; edited layers run an "
             "attention module of headwise, and load through headwise only"

@@ -44,8 +44,8 @@ class MatrixPlan:
         name: see ``Matrix``.
         format: of its weights; None keeps it in the precision of the graph.
         block: inputs that share a scale; None is one scale per output.
-        input_largest: magnitude of the input that the largest code stands for; None leaves the input in the precision
-            of the graph (weights only).
+        input_largest: magnitude of the input that the largest code stands for, in nvfp4 with the largest scale of a
+            block; None leaves the input in the precision of the graph (weights only).
         reason: why a matrix keeps the precision of the graph.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,14 @@ from headwise.model.view import ModelView
 _SCHEMA = 1
 
 
-def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path, *, weights: bool = True) -> None:
     """Write the model as ``load_checkpoint`` reads it back, bit for bit.
+
+    Args:
+        checkpoint: the model, and where it comes from.
+        view: its layers.
+        folder: where to.
+        weights: False writes everything else, for a model whose weights were never in memory together.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -40,7 +46,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if checkpoint.kind == "transformers":
-            sidecar["stock"] = _save_transformers(checkpoint, view, folder)
+            sidecar["stock"] = _save_transformers(checkpoint, view, folder, weights=weights)
             sidecar["arguments"] = constructor_arguments(checkpoint.module)
             if not sidecar["stock"] and stock_entries(view):
                 # In config.json it would make transformers refuse every reader of the config, the tokenizer included.
@@ -53,7 +59,7 @@ def save_checkpoint(checkpoint: Checkpoint, view: ModelView, folder: Path) -> No
     write_atomic(folder / SIDECAR, json.dumps(sidecar, indent=2))
 
 
-def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) -> bool:
+def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path, *, weights: bool) -> bool:
     """Write transformers' own files; returns whether the stock class can load them."""
     module: Any = checkpoint.module
     original = module.config
@@ -64,11 +70,14 @@ def _save_transformers(checkpoint: Checkpoint, view: ModelView, folder: Path) ->
         # The original format renames weights in a way that only the stock loader undoes.
         tensors = module.state_dict() if stock is None else _stock_tensors(module, stock)
         with quietly():
-            module.save_pretrained(str(folder), state_dict=tensors, save_original_format=stock is not None)
+            if weights:
+                module.save_pretrained(str(folder), state_dict=tensors, save_original_format=stock is not None)
+            else:
+                module.config.save_pretrained(str(folder))
     finally:
         module.config = original
     if checkpoint.folder is not None:
-        _copy_companions(checkpoint.folder, folder)
+        copy_companions(checkpoint.folder, folder)
     return stock is not None
 
 
@@ -148,14 +157,21 @@ def _per_layer_config(view: ModelView) -> dict[str, dict[str, int | list[int]]]:
     return found
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed."""
+def copy_companions(source: Path, folder: Path, leave: Collection[str] = ()) -> None:
+    """Tokenizer, processor and pooling files: everything beside the weights that decides how the model is fed.
+
+    Args:
+        source: from where.
+        folder: to where; files that are there already stay.
+        leave: names of further files that are not copied.
+    """
     weights = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
     for path in source.rglob("*"):
         relative = path.relative_to(source)
         skip = (
             path.suffix in weights
             or path.name.endswith(".index.json")
+            or path.name in leave
             or any(p.startswith(".") for p in relative.parts)
         )
         if path.is_file() and not skip and not (folder / relative).exists():

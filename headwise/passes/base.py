@@ -5,26 +5,26 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 
 from headwise.calibration.stats import HeadStats, Stat, collect
 from headwise.calibration.tasks import Examples, Task
-from headwise.errors import PlanError, SurgeryError
+from headwise.calibration.timing import LatencyTable
+from headwise.errors import PlanError
 from headwise.model import surgery
-from headwise.model.edits import EditPlan
-from headwise.model.forward import of_decoder, real_tokens, run, to_torch
+from headwise.model.edits import Edit, EditPlan
+from headwise.model.forward import run, to_torch
 from headwise.model.layout import Layout
-from headwise.model.shared_kv import SharedKV
+from headwise.model.shared_kv import SharedKV, ValueHeads
 from headwise.model.surgery import Payloads
 from headwise.model.view import ModelView
-from headwise.passes.recovery import Progress, Recovery, fold, refit, removed_means
+from headwise.passes.checks import refuse_changed, require_exact, versions_outside
+from headwise.passes.recovery import Progress, Recovery, fold, from_first_edit, refit, removed_means
 from headwise.spec import Spec
-from headwise.tolerances import TWIN
 
 
 class Pass(Spec):
@@ -43,6 +43,11 @@ class Pass(Spec):
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
+
+    @property
+    def timed(self) -> bool:
+        """Whether ``plan`` also reads ``stats.latency``."""
+        return False
 
     def pairs(self, view: ModelView) -> Mapping[int, int]:
         """Layer -> the earlier layer that it is compared with, where ``needs`` asks for ``CROSS_MOMENT``.
@@ -74,6 +79,23 @@ class Pass(Spec):
     def recovery(self) -> Recovery | None:
         """What to repair in closed form after the edits."""
         return None
+
+    def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
+        """For every attention layer the pass that does the same to a model of this layer alone; None where it is left
+        as it is.
+
+        Args:
+            view: the untouched model; its layout is read, its weights need not be there.
+
+        Raises:
+            PlanError: what is done to a layer depends on the others.
+        """
+        del view
+        raise PlanError(
+            f"{self.name} decides over all layers together",
+            expected="a pass that treats every layer by itself, because only one is in memory: share-kv or latent-kv",
+            fix="run `headwise compress` on a machine with room for the whole model, or leave the pass out",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +141,7 @@ def make_plan(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> tuple[EditPlan, HeadStats]:
     """Collect what the pass needs and let it decide. Changes nothing."""
@@ -127,7 +150,7 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = collect(view, task, examples, needs, pairs=pass_.pairs(view), **options)
+    stats = replace(collect(view, task, examples, needs, pairs=pass_.pairs(view), **options), latency=latency)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats
@@ -144,6 +167,79 @@ def _refuse(pass_: Pass, view: ModelView) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edited:
+    """A plan that surgery has carried out, and what is needed to repair the model behind it.
+
+    Attributes:
+        before: the layout that it was made for.
+        stats_digest, twin_error: see ``PassRecord``.
+        means: what removed heads and neurons gave on average.
+        missed: layer -> what its shared value heads miss.
+    """
+
+    plan: EditPlan
+    before: Layout
+    stats_digest: str
+    twin_error: float
+    means: list[tuple[Edit, torch.Tensor]]
+    missed: Mapping[int, ValueHeads]
+
+
+def edit(
+    pass_: Pass,
+    view: ModelView,
+    task: Task,
+    examples: Examples,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    sequence: int | None = None,
+    latency: LatencyTable | None = None,
+    progress: Progress | None = None,
+) -> Edited:
+    """The first half of ``run_pass``: plan, twin, surgery."""
+    before = view.layout
+    options: dict[str, Any] = {"batch_size": batch_size, "sequence": sequence, "progress": progress}
+    plan, stats = make_plan(pass_, view, task, examples, seed=seed, latency=latency, **options)
+    batch = examples.example_batch()
+    payloads = pass_.payloads(view, stats, plan)
+    with surgery.twin(view, plan, payloads), torch.inference_mode():
+        twin = run(view.module, to_torch(batch))
+    means = removed_means(view, plan, stats)
+    surgery.apply(view, plan, payloads)
+    return Edited(
+        plan=plan,
+        before=before,
+        stats_digest=stats.digest,
+        twin_error=require_exact(view, twin, batch),
+        means=means,
+        missed={plan.edits[i].layer: p.missed for i, p in payloads.items() if isinstance(p, SharedKV)},
+    )
+
+
+def repair(
+    pass_: Pass,
+    edited: Edited,
+    view: ModelView,
+    teacher: ModelView,
+    examples: Examples,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[Mapping[str, Any]]:
+    """The second half of ``run_pass``: means and refits; gives what ``PassRecord.refit`` holds."""
+    recovery = pass_.recovery()
+    if recovery is None or not edited.plan.edits:
+        return []
+    if recovery.fold_mean:
+        fold(view, edited.means)
+    if not recovery.refit:
+        return []
+    options: dict[str, Any] = {"missed": edited.missed, "batch_size": batch_size, "progress": progress}
+    return refit(view, teacher, from_first_edit(view, edited.plan), recovery, examples, **options)
+
+
 def run_pass(
     pass_: Pass,
     view: ModelView,
@@ -154,6 +250,7 @@ def run_pass(
     seed: int = 0,
     batch_size: int = 32,
     sequence: int | None = None,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> PassRecord:
     """Apply a pass to ``view`` in place.
@@ -167,6 +264,7 @@ def run_pass(
         seed: seed of every random draw.
         batch_size: calibration samples per batch.
         sequence: tokens of the sample that multiply-accumulates are counted for; None: 128, or what the model can take.
+        latency: of the model's layers, for a pass that is ``timed``.
         progress: see ``Progress``.
 
     Raises:
@@ -174,73 +272,19 @@ def run_pass(
         SurgeryError: the edit is not exact; the model must not be used.
     """
     start = time.perf_counter()
-    before = view.layout
+    bystanders = versions_outside(view)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    plan, stats = make_plan(pass_, view, task, examples, seed=seed, sequence=sequence, **shared)
-    batch = examples.example_batch()
-    inputs = to_torch(batch)
-    payloads = pass_.payloads(view, stats, plan)
-    with surgery.twin(view, plan, payloads), torch.inference_mode():
-        twin = run(view.module, inputs)
-    means = removed_means(view, plan, stats)
-    bystanders = _versions(view)
-    surgery.apply(view, plan, payloads)
-    twin_error = _require_exact(view, twin, batch)
-    fits: list[Mapping[str, Any]] = []
-    recovery = pass_.recovery()
-    if recovery is not None and plan.edits:
-        if recovery.fold_mean:
-            fold(view, means)
-        if recovery.refit:
-            missed = {plan.edits[i].layer: p.missed for i, p in payloads.items() if isinstance(p, SharedKV)}
-            fits = refit(view, teacher, plan, recovery, examples, missed=missed, **shared)
-    if _versions(view) != bystanders:
-        raise SurgeryError(
-            "a weight outside the attention layers and MLPs changed",
-            expected="only their projections to change",
-            fix="this is a bug in headwise; please report it with the recipe",
-        )
+    edited = edit(pass_, view, task, examples, seed=seed, sequence=sequence, latency=latency, **shared)
+    fits = repair(pass_, edited, view, teacher, examples, **shared)
+    refuse_changed(view, bystanders)
     return PassRecord(
         name=pass_.name,
         options=pass_.model_dump(mode="json"),
-        plan=plan,
-        before=before,
+        plan=edited.plan,
+        before=edited.before,
         after=view.layout,
-        stats_digest=stats.digest,
-        twin_error=twin_error,
+        stats_digest=edited.stats_digest,
+        twin_error=edited.twin_error,
         refit=tuple(fits),
         seconds=time.perf_counter() - start,
     )
-
-
-def _require_exact(view: ModelView, twin: dict[str, torch.Tensor], batch: Mapping[str, np.ndarray]) -> float:
-    """The largest relative difference; tokens of padding, which may see no token at all, are left out."""
-    with torch.inference_mode():
-        outputs = run(view.module, to_torch(batch))
-    errors: list[torch.Tensor] = []
-    for name, every in twin.items():
-        valid = real_tokens(batch, decoder=of_decoder(name))
-        per_token = valid is not None and every.dim() > 2 and tuple(every.shape[:2]) == valid.shape
-        keep = torch.as_tensor(valid) if per_token else slice(None)
-        expected, actual = every[keep], outputs[name][keep]
-        errors.append((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
-    # Not Python's maximum, which passes over what is not a number.
-    worst = float(torch.stack(errors).max())
-    if not worst <= TWIN:
-        raise SurgeryError(
-            f"the edited model differs from its exact twin by {worst:.2g} of the largest output",
-            expected=f"at most {TWIN:g}",
-            fix="this is a bug in headwise; please report it with the model type and the recipe",
-        )
-    return worst
-
-
-def _versions(view: ModelView) -> dict[str, tuple[int, int]]:
-    """Identity and write count of every parameter outside attention and MLPs: any change to one shows."""
-    inside = [layer.path for layer in view.attention] + [path for mlp in view.mlp for path in mlp.paths]
-    paths = tuple(f"{path}." for path in inside)
-    return {
-        name: (id(parameter), parameter._version)
-        for name, parameter in view.module.named_parameters()
-        if not name.startswith(paths)
-    }

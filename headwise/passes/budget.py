@@ -22,7 +22,7 @@ class Budget(Spec):
     size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Largest size of all matrices with their scales, in MB; within it, those stay that lose the most."""
     samples: int = Field(default=128, ge=8)
-    """Calibration samples that every matrix is measured on."""
+    """Calibration samples that every matrix is measured on; ranges and roundings are fitted to the others."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Budget:

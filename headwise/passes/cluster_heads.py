@@ -12,7 +12,7 @@ from headwise.model.edits import ClusterHeads, ClusterOnline, Edit, EditPlan
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
 from headwise.passes.clustering import Clusters, by_cost, by_similarity, elbow
-from headwise.passes.recovery import Recovery
+from headwise.passes.recovery import Part, Recovery
 
 
 class ClusterHeadsPass(Pass):
@@ -36,8 +36,11 @@ class ClusterHeadsPass(Pass):
     first 5 tokens, as in the paper: only scores are saved. Online is for decoders, with ``affinity: maps``."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
+    refit_mlp: bool = True
+    """With refit: the down projections of the MLPs behind them too, in the order in which all of them run. They make
+    good a part of what attention could not, and take as many calibration tokens as they have neurons."""
     ridge: float = Field(default=0.1, gt=0)
-    """Pull of the refit towards the present weights, in units of the mean squared head output; the fewer the
+    """Pull of the refit towards the present weights, in units of the mean squared feature; the fewer the
     calibration samples, the stronger it should be."""
 
     @model_validator(mode="after")
@@ -63,7 +66,8 @@ class ClusterHeadsPass(Pass):
         return Stat.REPAIRED_COST if self.refit else Stat.EXCHANGE_COST
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+        parts = frozenset[Part]({"attention", "mlp"} if self.refit_mlp else {"attention"})
+        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge, parts=parts)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         counts = self._counts(view, stats)

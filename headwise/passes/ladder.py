@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +37,28 @@ def step_ends(count: int, multiple: int, keep: int) -> list[int]:
     return [gone for gone in range(1, count) if (count - gone) % multiple == 0 and count - gone >= keep]
 
 
-def rungs(order: Sequence[int], costs: Sequence[float], ends: Sequence[int], size: float) -> list[Rung]:
-    """Steps of units that each save ``size``.
+def rungs(
+    order: Sequence[int], costs: Sequence[float], ends: Sequence[int], saved: Callable[[int], float]
+) -> list[Rung]:
+    """Steps of units.
 
     Args:
         order: units in the order in which they go.
         costs: of these units, in the same order.
         ends: see ``step_ends``.
-        size: what one unit saves.
+        saved: what a layer saves without so many units, never falling.
     """
     starts = [0, *ends]
     return [
-        Rung(units=tuple(order[a:b]), cost=sum(costs[a:b]), size=size * (b - a))
+        Rung(units=tuple(order[a:b]), cost=sum(costs[a:b]), size=saved(b) - saved(a))
         for a, b in zip(starts, ends, strict=False)
     ]
 
 
 def slopes(ladder: Ladder) -> list[float]:
     """Cost per saved unit of every rung, never falling: a dear rung in front of cheap ones is averaged with them.
+
+    Infinite at the end of a ladder where nothing more is saved.
 
     These are the slopes of the lower convex hull of the cumulative cost, so that taking rungs of all layers in the
     order of their slopes is the best that can be done for every budget at which a segment of the hull ends.
@@ -64,7 +69,7 @@ def slopes(ladder: Ladder) -> list[float]:
         while len(segments) > 1 and segments[-2][0] * segments[-1][1] >= segments[-1][0] * segments[-2][1]:
             cost, size, count = segments.pop()
             segments[-1] = [segments[-1][0] + cost, segments[-1][1] + size, segments[-1][2] + count]
-    return [cost / size for cost, size, count in segments for _ in range(int(count))]
+    return [cost / size if size > 0 else inf for cost, size, count in segments for _ in range(int(count))]
 
 
 def climb(ladders: Sequence[Ladder], budget: float, *, at_least: bool) -> list[int]:

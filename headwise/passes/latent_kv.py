@@ -70,6 +70,9 @@ class LatentKVPass(Pass):
     select: Literal["change", "norm"] = "change"
     """What makes a component worth its rotation: how much of the scores rotation changes over ``distance`` tokens, or
     its share in the scores."""
+    frequencies: Literal["best", "every"] = "best"
+    """Which frequencies the rotary keys have: those of the components that are worth most, or each equally often, as
+    the layout of DeepSeek-V3 asks for."""
     distance: int = Field(default=256, ge=2)
     """Tokens of a typical sequence, for ``select: change``."""
     refit: bool = True
@@ -95,6 +98,17 @@ class LatentKVPass(Pass):
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+
+    def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
+        if self.budget is not None:
+            raise PlanError(
+                "latent-kv: a budget is spread over all layers together",
+                expected="rank or energy, by which every layer gets its latent without knowing the others",
+                fix="set rank to one number, or to one per layer: `headwise plan` shows those of a budget",
+            )
+        layers = len(view.attention)
+        ranks = self._wanted(layers) if self.rank is not None else [None] * layers
+        return tuple(self.model_copy(update={"rank": rank}) for rank in ranks)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
@@ -151,6 +165,7 @@ class LatentKVPass(Pass):
             basis=self.basis,
             select=self.select,
             distance=self.distance,
+            every=self.frequencies == "every",
         )
 
     def _ranks(self, view: ModelView, problems: list[LatentProblem], rotary: int) -> list[int]:
@@ -168,15 +183,19 @@ class LatentKVPass(Pass):
                     fix="raise the budget, or lower rotary" + ("" if self.round_to == 1 else " or round_to"),
                 )
             return spread_rank([problem.latent.energy for problem in problems], numbers, full, self.round_to)
+        return [min(rank, limit) for rank, limit in zip(self._wanted(len(problems)), full, strict=True)]
+
+    def _wanted(self, layers: int) -> tuple[int, ...]:
+        """The rank that was asked for, per layer."""
         assert self.rank is not None, "validated: one of the three is given"
-        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * len(problems)
-        if len(wanted) != len(problems):
+        wanted = self.rank if isinstance(self.rank, tuple) else (self.rank,) * layers
+        if len(wanted) != layers:
             raise PlanError(
                 f"rank has {len(wanted)} entries",
-                expected=f"one per attention layer: {len(problems)}",
+                expected=f"one per attention layer: {layers}",
                 fix="give one number for all layers, or one per layer",
             )
-        return [min(rank, limit) for rank, limit in zip(wanted, full, strict=True)]
+        return wanted
 
 
 def describe_latent(layer: AttentionView, problem: LatentProblem, rank: int) -> str:

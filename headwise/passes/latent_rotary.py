@@ -19,6 +19,7 @@ from headwise.calibration.rotary import (
     importance,
     keep_rotary,
     merged_components,
+    of_every_frequency,
 )
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
@@ -38,6 +39,7 @@ class RotarySplit:
 
     Attributes:
         numbers: per token, of all rotary keys of a layer; None: as many as one head has.
+        every: keep equally many components of every frequency.
     """
 
     merged: bool
@@ -46,6 +48,7 @@ class RotarySplit:
     basis: Basis
     select: Select
     distance: int
+    every: bool
 
     def parts(self, view: ModelView, layer: AttentionView, stats: HeadStats) -> RotaryParts:
         """Split the keys of a layer.
@@ -69,7 +72,10 @@ class RotarySplit:
         else:
             components = head_components(*given)
         worth = importance(components, angles(view, turned // 2), self.distance, self.select)
-        return keep_rotary(keys, components, worth, self.kept(layer), turned)
+        kept = self.kept(layer)
+        if self.every:
+            worth = of_every_frequency(components, worth, kept // turned)
+        return keep_rotary(keys, components, worth, kept, turned)
 
     def kept(self, layer: AttentionView) -> int:
         """Numbers per token of the layer's rotary keys."""
@@ -77,12 +83,15 @@ class RotarySplit:
         if not turned:
             return 0
         step = 2 if self.merged else 2 * heads
+        if self.every:
+            step = turned if self.merged else turned * heads
         numbers = self.numbers if self.numbers is not None else (turned if self.merged else step)
         if numbers % step or not 0 < numbers <= heads * turned:
             raise PlanError(
                 f"rotary: {numbers} in layer {layer.index} ({heads} kv heads, {turned} rotated coordinates in each)",
                 expected=f"a multiple of {step} up to {heads * turned}",
-                fix="rotated coordinates are pairs, of which every head keeps equally many under route: heads",
+                fix="rotated coordinates are pairs, of which every head keeps equally many under route: heads, and "
+                "every frequency under frequencies: every",
             )
         return numbers
 

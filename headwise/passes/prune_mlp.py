@@ -83,7 +83,7 @@ class PruneMlp(Pass):
         """Neurons to remove per MLP."""
         assert self.ratio is not None, "validated: without widths there is a ratio"
         ladders = [
-            rungs(order.units, order.costs, step_ends(len(order.units), self.round_to, self.round_to), 1)
+            rungs(order.units, order.costs, step_ends(len(order.units), self.round_to, self.round_to), float)
             for order in orders
         ]
         groups = [[index] for index in range(len(ladders))] if self.scope == "layer" else [list(range(len(ladders)))]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,11 @@ from headwise.passes.smooth import Exponents, best_exponents, exponents
 from headwise.spec import Spec
 
 Array = NDArray[Any]
+_T = TypeVar("_T")
 
-_ALWAYS_WEIGHTS_ONLY = frozenset[Format]({"int4", "nvfp4", "mxfp8"})
+CacheFormat = Literal["int8", "fp8"]
+
+_ALWAYS_WEIGHTS_ONLY = frozenset[Format]({"int4", "mxfp8"})
 
 
 class Quantize(Spec):
@@ -64,9 +67,10 @@ class Quantize(Spec):
     bias_correction: bool = True
     """Take the mean error of a product on calibration tokens off its bias, where it has one."""
 
-    kv: Literal["int8", "fp8"] | None = None
-    """Format of keys and values between their projections and the scores: what a cache of them would hold. One scale
-    per channel, which goes into the projections around them where the graph allows it."""
+    kv: CacheFormat | dict[str, CacheFormat | Literal["float"]] | None = None
+    """Format of what a decoder caches, or of the keys and values of other models: one for all of them, or pattern of
+    names (``*.self_attn.value``, ``model.layers.0.*``) -> format or ``float``, the first that fits; what fits none
+    stays as it is. One scale per channel, which goes into the projections around them where the graph allows it."""
 
     embeddings: Literal["int8", "int4"] | None = None
     """Format of large embedding tables: int8 with a scale per row, int4 with one per ``block`` of a row."""
@@ -79,7 +83,7 @@ class Quantize(Spec):
         chosen = [*self.matrices.values(), *([] if "*" in self.matrices else [self.format])]
         formats = {entry for entry in chosen if entry != "float"}
         found = {scheme(number, weights_only=self._weights_only(number)) for number in formats}
-        found |= {f"{self.kv}-kv"} if self.kv else set()
+        found |= {f"{number}-kv" for number in self._kv_patterns().values() if number != "float"}
         return frozenset(found | ({f"{self.embeddings}-table"} if self.embeddings else set()))
 
     def smoothing(
@@ -134,6 +138,20 @@ class Quantize(Spec):
         self._check_patterns(matrices)
         entries = tuple(self._entry(matrix, ranges[matrix.tap]) for matrix in matrices)
         return QuantPlan(matrices=entries, smooth=dict(smooth or {}))
+
+    def kv_formats(self, labels: Sequence[str]) -> dict[str, CacheFormat]:
+        """Which cached tensors become codes, by the names that the recipe calls them by.
+
+        Raises:
+            PlanError: a pattern fits none of them.
+        """
+        patterns = self._kv_patterns()
+        _require_fit("kv", "cached tensor", patterns, labels)
+        found = {label: _first_fit(label, patterns, "float") for label in labels}
+        return {label: number for label, number in found.items() if number != "float"}
+
+    def _kv_patterns(self) -> Mapping[str, CacheFormat | Literal["float"]]:
+        return self.kv if isinstance(self.kv, dict) else {"*": self.kv} if self.kv else {}
 
     def plan_tables(self, tables: Sequence[Matrix]) -> tuple[MatrixPlan, ...]:
         """What becomes of embedding tables, each given as (width, rows)."""
@@ -217,9 +235,9 @@ class Quantize(Spec):
         plan = self._blocked(matrix, number, self.block if number == "int4" else GRIDS[number].block)
         if plan.format is None or self._weights_only(number):
             return plan
-        return replace(
-            plan, input_largest=range_of(seen.histogram, self.calibration, number, percentile=self.percentile)
-        )
+        # Blocks of nvfp4 have ranges of their own; what is calibrated is the largest of their scales.
+        method = "minmax" if number == "nvfp4" else self.calibration
+        return replace(plan, input_largest=range_of(seen.histogram, method, number, percentile=self.percentile))
 
     @staticmethod
     def _blocked(matrix: Matrix, number: Format, block: int | None) -> MatrixPlan:
@@ -229,14 +247,21 @@ class Quantize(Spec):
         return MatrixPlan(name=matrix.name, format=number, block=block)
 
     def _format(self, name: str) -> Format | Literal["float"]:
-        return next((number for pattern, number in self.matrices.items() if fnmatchcase(name, pattern)), self.format)
+        return _first_fit(name, self.matrices, self.format)
 
     def _check_patterns(self, matrices: Sequence[Matrix]) -> None:
-        names = [matrix.name for matrix in matrices]
-        for pattern in self.matrices:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise PlanError(
-                    f'quantize.matrices: no matrix is called "{pattern}"',
-                    expected=f"a pattern that fits one of {len(names)} names such as {names[0]}",
-                    fix=did_you_mean(pattern, names),
-                )
+        _require_fit("matrices", "matrix", self.matrices, [matrix.name for matrix in matrices])
+
+
+def _first_fit(name: str, patterns: Mapping[str, _T], otherwise: _T) -> _T:
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
+
+
+def _require_fit(option: str, what: str, patterns: Collection[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PlanError(
+                f'quantize.{option}: no {what} is called "{pattern}"',
+                expected=f"a pattern that fits one of {len(names)} names such as {names[0]}",
+                fix=did_you_mean(pattern, names),
+            )

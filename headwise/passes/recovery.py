@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -76,10 +76,19 @@ def fold(view: ModelView, means: list[tuple[Edit, torch.Tensor]]) -> None:
             surgery.set_output(layer, weight, (bias.double() + mean).to(bias.dtype))
 
 
+def from_first_edit(view: ModelView, plan: EditPlan) -> tuple[AttentionView | MlpView, ...]:
+    """The first layer that a plan edits and all behind it, in run order."""
+    order = view.sublayers
+    edited = [_layer(view, edit) for edit in plan.edits]
+    # An owner may get other weights before it lends them.
+    edited += [view.attention[edit.owner] for edit in plan.edits if isinstance(edit, ShareLayers)]
+    return order[min(map(order.index, edited)) :]
+
+
 def refit(
     view: ModelView,
     teacher: ModelView,
-    plan: EditPlan,
+    layers: Sequence[AttentionView | MlpView],
     recovery: Recovery,
     examples: Examples,
     *,
@@ -87,14 +96,9 @@ def refit(
     batch_size: int,
     progress: Progress | None,
 ) -> list[Mapping[str, Any]]:
-    """Refit, in run order, every layer from the first edited one on that is of the parts to repair."""
-    order = view.sublayers
-    edited = [_layer(view, edit) for edit in plan.edits]
-    # An owner may get other weights before it lends them.
-    edited += [view.attention[edit.owner] for edit in plan.edits if isinstance(edit, ShareLayers)]
-    first = min(map(order.index, edited))
+    """Refit those of the layers, given in run order, that are of the parts to repair."""
     fits: list[Mapping[str, Any]] = []
-    for layer in order[first:]:
+    for layer in layers:
         part: Part = "mlp" if isinstance(layer, MlpView) else "attention"
         if part not in recovery.parts:
             continue

@@ -88,6 +88,16 @@ class ShareKVHeads(Pass):
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge, rounds=self.rounds)
 
+    def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
+        targets = [target for target, _ in self._targets(view)]
+        counts = [len(layer.kv) for layer in view.layout.attention]
+        if targets == counts:
+            raise self._idle(targets)
+        return tuple(
+            None if target == count else self.model_copy(update={"kv_heads": target, "ratio": None})
+            for target, count in zip(targets, counts, strict=True)
+        )
+
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         targets = self._targets(view)
         edits, notes = [], {}
@@ -101,11 +111,7 @@ class ShareKVHeads(Pass):
             edits.append(ShareKV(layer=layer.index, groups=tuple(tuple(layer.layout.kv[i] for i in g) for g in groups)))
             notes[layer.index] = f"{why}; {lost}" if why else lost
         if not edits:
-            raise PlanError(
-                "no layer has more kv heads than are to stay",
-                expected=f"a layer with more than {min(target for target, _ in targets)} kv heads",
-                fix="lower kv_heads, or leave the pass out",
-            )
+            raise self._idle([target for target, _ in targets])
         return EditPlan(edits=tuple(edits), notes=notes)
 
     def payloads(self, view: ModelView, stats: HeadStats, plan: EditPlan) -> Payloads:
@@ -116,6 +122,14 @@ class ShareKVHeads(Pass):
                 groups = [[layer.layout.kv.index(head) for head in group] for group in edit.groups]
                 found[position] = self._share(self._weights(layer, stats), groups, layer.rotated)
         return found
+
+    @staticmethod
+    def _idle(targets: Sequence[int]) -> PlanError:
+        return PlanError(
+            "no layer has more kv heads than are to stay",
+            expected=f"a layer with more than {min(targets)} kv heads",
+            fix="lower kv_heads, or leave the pass out",
+        )
 
     def _targets(self, view: ModelView) -> list[tuple[int, str]]:
         """Kv heads per layer after the pass, and why where it is not the number that was asked for."""

@@ -94,5 +94,12 @@ def usual_tokens(path: Path) -> int | None:
     return None
 
 
+def stage_with_cache(report: Report) -> Stage | None:
+    """The stage whose graph caches codes, the one for engines before that for the CPU; None where no graph does."""
+    names = ("quantize", CPU)
+    found = [stage for stage in _used(report) if "kv_bytes_per_token" in stage["cost"] and stage["name"] in names]
+    return min(found, key=lambda stage: names.index(stage["name"]), default=None)
+
+
 def _used(report: Report) -> list[Stage]:
     return [stage for stage in report["stages"] if stage["status"] in _USED]

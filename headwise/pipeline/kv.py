@@ -1,4 +1,4 @@
-"""The graph with keys and values in 8 bits, which everything else is calibrated on."""
+"""The graph with its cache, or its keys and values, in 8 bits: what everything else is calibrated on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import onnx
 
 from headwise.calibration.formats import input_scale
 from headwise.calibration.ranges import Tap, collect_ranges
+from headwise.export.graph import graph_inputs
 from headwise.export.kv import find_cached, fold_channels, quantize_cached
 from headwise.export.matrices import TapRunner
 from headwise.export.smoothing import require_same
-from headwise.model.quantization import Format
+from headwise.model.cache import is_past
 from headwise.passes.kv import channel_exponents
+from headwise.passes.quantize import Quantize
 from headwise.pipeline.graphs import GRAPH, Graph
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.workspace import Workspace
@@ -24,22 +26,25 @@ _SCALES = np.dtype(np.float16)
 _FOLDED = "folded.onnx"
 
 
-def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, number: Format, folder: Path) -> dict[str, Any]:
-    """Scale the channels of keys and values, prove that this changes nothing, then quantize them.
+def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, options: Quantize, folder: Path) -> dict[str, Any]:
+    """Scale the channels of what is cached, prove that this changes nothing, then quantize it.
 
     Args:
         workspace: has the calibration samples.
         monitor: receives progress.
         graph: in fp32.
-        number: the format.
+        options: say which tensors get which format.
         folder: gets the graph.
 
     Returns:
-        What the report says: tensors, how many of them have a scale per channel, and the error of the folded graph.
+        What the report says: tensors, how many of them have a scale per channel, those that stay as they are, the error
+        of the folded graph, and whether the graph has a cache.
     """
     source = graph.path
     model = onnx.load(str(source))
-    cached = find_cached(model, graph.scopes)
+    every = find_cached(model, graph.scopes)
+    wanted = options.kv_formats([entry.label for entry in every])
+    cached = [entry for entry in every if entry.label in wanted]
     names = [entry.name for entry in cached]
     taps = [Tap(name=name, dims=("batch", "heads", "sequence", "width"), heads=True) for name in names]
     examples = workspace.calibration
@@ -62,7 +67,15 @@ def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, number: Forma
     largest = {
         name: float((seen[name].largest * np.exp2(-exponents[name] if name in folded else 0.0)).max()) for name in names
     }
-    scales = {name: input_scale(value or 1.0, number, _SCALES) for name, value in largest.items()}
-    quantize_cached(model, scales, number)
+    formats = {entry.name: wanted[entry.label] for entry in cached}
+    scales = {name: input_scale(value or 1.0, formats[name], _SCALES) for name, value in largest.items()}
+    quantize_cached(model, scales, formats)
     onnx.save(model, str(folder / GRAPH))
-    return {"format": number, "tensors": len(names), "per_channel": len(folded), "twin_error": error}
+    return {
+        "format": ", ".join(dict.fromkeys(formats.values())),
+        "tensors": len(names),
+        "per_channel": len(folded),
+        "float": [entry.label for entry in every if entry.label not in wanted],
+        "twin_error": error,
+        "cache": any(map(is_past, graph_inputs(source))),
+    }

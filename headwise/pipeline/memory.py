@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from headwise.errors import DataError
 from headwise.export.precision import Precision
 from headwise.gates.model_cost import kv_bytes_per_token
 from headwise.model.checkpoint import load_checkpoint
-from headwise.pipeline.folders import is_run, last_pass
+from headwise.pipeline.folders import is_run, last_pass, stage_with_cache
 from headwise.pipeline.report import read_report
 from headwise.pipeline.summary import Stage
 
@@ -47,7 +48,7 @@ def memory_cost(artifact: str, *, memory: int | None, precision: Precision = "fp
     Args:
         artifact: a checkpoint, or the folder of a run, whose report is enough.
         memory: bytes that weights and cache may take together; None asks for no context.
-        precision: of weights and cache.
+        precision: of weights and cache; a cache of codes, which the graph of a run may have, is counted as it is.
         batch: texts that are in memory together.
 
     Raises:
@@ -60,32 +61,58 @@ def memory_cost(artifact: str, *, memory: int | None, precision: Precision = "fp
         "precision": precision,
         "memory_bytes": memory,
         "batch": batch,
-        "models": {name: _costs(*numbers, memory, _BYTES[precision], batch) for name, numbers in models.items()},
+        "models": {name: _costs(sizes, memory, _BYTES[precision], batch) for name, sizes in models.items()},
     }
 
 
-def _costs(parameters: int, cached: int, memory: int | None, width: int, batch: int) -> dict[str, Any]:
-    """Costs of a model with ``cached`` numbers per token in its cache."""
-    weights, token = parameters * width, cached * width
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What a model holds.
+
+    Attributes:
+        parameters: numbers in its weights.
+        cached: numbers in its cache for one token.
+        codes: formats of the cache where it holds codes, and bytes of one token in it.
+    """
+
+    parameters: int
+    cached: int
+    codes: tuple[str, int] | None = None
+
+
+def _costs(sizes: _Sizes, memory: int | None, width: int, batch: int) -> dict[str, Any]:
+    weights = sizes.parameters * width
+    kind, token = sizes.codes or (None, sizes.cached * width)
     context = None if memory is None or not token else max(0, memory - weights) // (batch * token)
-    return {"parameters": parameters, "weight_bytes": weights, "kv_bytes_per_token": token, "context": context}
+    return {
+        "parameters": sizes.parameters,
+        "weight_bytes": weights,
+        "kv_bytes_per_token": token,
+        "kv_format": kind,
+        "context": context,
+    }
 
 
-def _of_checkpoint(source: str) -> tuple[int, int]:
+def _of_checkpoint(source: str) -> _Sizes:
     view = load_checkpoint(source).view()
-    return sum(p.numel() for p in view.module.parameters()), kv_bytes_per_token(view) // 2
+    return _Sizes(parameters=sum(p.numel() for p in view.module.parameters()), cached=kv_bytes_per_token(view) // 2)
 
 
-def _of_run(folder: Path) -> dict[str, tuple[int, int]]:
+def _of_run(folder: Path) -> dict[str, _Sizes]:
     report = read_report(folder)
     before = report["stages"][0]
-    return {name: _of_stage(stage) for name, stage in (("before", before), ("after", last_pass(report) or before))}
+    after, quantized = _of_stage(last_pass(report) or before), stage_with_cache(report)
+    if quantized is not None:
+        codes = str(quantized["record"]["kv"]["format"]), int(quantized["cost"]["kv_bytes_per_token"])
+        after = replace(after, codes=codes)
+    return {"before": _of_stage(before), "after": after}
 
 
-def _of_stage(stage: Stage) -> tuple[int, int]:
+def _of_stage(stage: Stage) -> _Sizes:
+    cost = stage["cost"]
     try:
-        # Reports count a cache in float16.
-        return int(stage["cost"]["parameters"]), int(stage["cost"]["kv_bytes_per_token"]) // 2
+        # Reports count a cache of numbers in float16.
+        return _Sizes(parameters=int(cost["parameters"]), cached=int(cost["kv_bytes_per_token"]) // 2)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
@@ -101,14 +128,19 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
     columns = list(models.values())
     table.add_row("parameters", *(f"{model['parameters']:,}" for model in columns))
     table.add_row(f"weights ({precision})", *(_readable(model["weight_bytes"]) for model in columns))
-    cache = (f"{model['kv_bytes_per_token']:,} B" if model["kv_bytes_per_token"] else "none" for model in columns)
-    table.add_row(f"cache per token ({precision})", *cache)
+    table.add_row(f"cache per token ({precision})", *map(_cache, columns))
     if found["memory_bytes"] is not None:
         rows = "" if found["batch"] == 1 else f", {found['batch']} texts"
         label = f"tokens in {_readable(found['memory_bytes'])}{rows}"
         table.add_row(label, *("none" if m["context"] is None else f"{m['context']:,}" for m in columns))
     note = "Activations and the workspace of a runtime come on top. A model may take fewer tokens than fit."
     return Group(Text(found["artifact"], style="bold"), table, Text(note))
+
+
+def _cache(model: dict[str, Any]) -> str:
+    if not model["kv_bytes_per_token"]:
+        return "none"
+    return f"{model['kv_bytes_per_token']:,} B" + (f" ({model['kv_format']})" if model["kv_format"] else "")
 
 
 def _readable(size: int) -> str:

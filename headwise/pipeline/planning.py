@@ -16,6 +16,7 @@ from headwise.pipeline.head_maps import describe
 from headwise.pipeline.monitor import Monitor, Silent, Steps
 from headwise.pipeline.neuron_tables import PLANNED, neuron_rows, removes_neurons
 from headwise.pipeline.recipe import load_recipe
+from headwise.pipeline.timing import Timing
 from headwise.pipeline.workspace import Workspace
 
 
@@ -39,6 +40,7 @@ def plan_passes(
             "seed": resolved.seed,
             "batch_size": resolved.batch_size,
             "sequence": workspace.sequence,
+            "latency": Timing(workspace, watcher).table(edited) if pass_.timed else None,
             "progress": Steps(watcher, len(workspace.calibration)),
         }
         plan, _ = make_plan(pass_, edited, workspace.task, workspace.calibration, **shared)

@@ -13,9 +13,10 @@ import onnx
 from headwise.calibration.products import ReadInput, dynamic_input, quantized_input
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
 from headwise.device.runtimes import FULL
-from headwise.export.decode import decode_weights
+from headwise.export.decode import decode_for_onnxruntime
 from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
+from headwise.export.ports import cache_bytes
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
 from headwise.export.smoothing import require_same, smooth
@@ -27,7 +28,7 @@ from headwise.pipeline.kv import write_kv
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.planned import Planned
 from headwise.pipeline.store import Store, versions
-from headwise.pipeline.sweep import Sweep
+from headwise.pipeline.sweep import Sweep, set_aside
 from headwise.pipeline.workspace import Workspace
 
 _RANGES = "ranges.npz"
@@ -49,6 +50,10 @@ class Quantizer:
         self.store = store
         self.monitor = monitor
         self.source = source
+        options = workspace.recipe.quantize
+        budget = None if options is None else options.budget
+        self.held = 0 if budget is None else budget.samples
+        self.fitted, self.judging = set_aside(workspace.calibration, self.held)
 
     def key(self, options: Quantize) -> dict[str, Any]:
         """What a quantized graph depends on, whatever the runtime."""
@@ -65,6 +70,7 @@ class Quantizer:
             "parent": self.source.digest,
             "calibration": self.workspace.calibration_digest,
             "batch_size": recipe.batch_size,
+            "set_aside": self.held,
             **versions("onnxruntime"),
         }
 
@@ -83,8 +89,9 @@ class Quantizer:
         written = write_quantized(made.path, folder / GRAPH, made.plan, codes, precision=precision, keep_io=keep_io)
         return {
             **made.record(codes, quantized_input, dtype, folder),
+            "cost": _cache_cost(made, folder / GRAPH),
             "promises": [asdict(promise) for promise in written.promises],
-            "runs_as": DECODED if decode_weights(folder / GRAPH, folder / DECODED) else GRAPH,
+            "runs_as": DECODED if decode_for_onnxruntime(folder / GRAPH, folder / DECODED) else GRAPH,
             "runs_on_cpu": precision != "bf16",
         }
 
@@ -94,7 +101,8 @@ class Quantizer:
         made = self._decide(options, CPU, dtype)
         codes = self._codes(options, made, dynamic_input, dtype)
         write_dynamic(made.path, folder / GRAPH, made.plan, codes)
-        return made.record(codes, dynamic_input, dtype, folder)
+        cost = _cache_cost(made, folder / GRAPH)
+        return {**made.record(codes, dynamic_input, dtype, folder), "cost": cost}
 
     @staticmethod
     def _codes(options: Quantize, made: Planned, read: ReadInput, dtype: np.dtype[Any]) -> dict[str, Codes]:
@@ -103,16 +111,15 @@ class Quantizer:
 
     def _decide(self, options: Quantize, runtime: str, dtype: np.dtype[Any]) -> Planned:
         """The plan for one runtime, and what it rests on."""
-        number = options.kv
-        if number is None:
+        if options.kv is None:
             made = self._within_budget(options, self._smoothed(options, runtime), runtime, dtype)
             tables = find_tables(made.path) if options.embeddings else ()
             return replace(made, tables=tables, plan=replace(made.plan, tables=options.plan_tables(tables)))
 
         def make(folder: Path) -> dict[str, Any]:
-            return {"kv": write_kv(self.workspace, self.monitor, self.source, number, folder)}
+            return {"kv": write_kv(self.workspace, self.monitor, self.source, options, folder)}
 
-        key = {**self._ranges_key(), "kv": number, **versions("onnx")}
+        key = {**self._ranges_key(), "kv": options.kv, **versions("onnx")}
         stored, _ = self.store.get(f"{self.source.path.parent.name}.kv", "kv", key, make)
         source = replace(self.source, path=stored.path / GRAPH, digest=stored.digest)
         inner = Quantizer(self.workspace, self.store, self.monitor, source)
@@ -121,6 +128,8 @@ class Quantizer:
     def _smoothed(self, options: Quantize, runtime: str) -> Planned:
         """The plan, on a graph whose channels are scaled as it says; the scales suit the products of the runtime."""
         path, matrices = self.source.path, find_matrices(self.source.path)
+        name = f"{path.parent.name}.smoothed-{runtime}"
+        partial = self.store.partial(name, self._key(options))
         seen = self._ranges(matrices, runtime, moments=options.moments() and options.smooth is None)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -132,14 +141,13 @@ class Quantizer:
             onnx.save(model, str(folder / GRAPH))
             error = require_same(path, folder / GRAPH, self.workspace.examples.example_batch())
             smoothed = find_matrices(folder / GRAPH)
-            final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments())
+            final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments(), partial=partial)
             save_ranges(final, folder / _RANGES)
             return {"smooth": scales, "scales": {**asdict(made), "twin_error": error}}
 
         if options.smooth is None:
             plan = options.plan(matrices, seen)
             return Planned(path=path, matrices=matrices, seen=seen, plan=plan)
-        name = f"{path.parent.name}.smoothed-{runtime}"
         stored, _ = self.store.get(name, "smoothed", self._key(options), make)
         scales = {tap: tuple(exponents) for tap, exponents in stored.info["smooth"].items()}
         matrices, seen = find_matrices(stored.path / GRAPH), load_ranges(stored.path / _RANGES)
@@ -160,9 +168,9 @@ class Quantizer:
                 write_dynamic(made.path, graph, plan, chosen)
                 return graph
             write_quantized(made.path, graph, plan, chosen, precision="fp32")
-            return decoded if decode_weights(graph, decoded) else graph
+            return decoded if decode_for_onnxruntime(graph, decoded) else graph
 
-        sweep = Sweep(self.workspace, made.path, made.plan, write, options.budget.samples)
+        sweep = Sweep(self.workspace, made.path, made.plan, write, self.judging)
 
         def make(folder: Path) -> dict[str, Any]:
             del folder
@@ -181,17 +189,21 @@ class Quantizer:
 
     def _ranges(self, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
         """What calibration saw, from disk where neither the graph nor the samples have changed."""
+        name, key = f"{self.source.path.parent.name}.ranges-{runtime}", {**self._ranges_key(), "moments": moments}
+        partial = self.store.partial(name, key)
 
         def make(folder: Path) -> dict[str, Any]:
-            save_ranges(self._collect(self.source.path, matrices, runtime, moments=moments), folder / _RANGES)
+            seen = self._collect(self.source.path, matrices, runtime, moments=moments, partial=partial)
+            save_ranges(seen, folder / _RANGES)
             return {}
 
-        key = {**self._ranges_key(), "moments": moments}
-        stored, _ = self.store.get(f"{self.source.path.parent.name}.ranges-{runtime}", "ranges", key, make)
+        stored, _ = self.store.get(name, "ranges", key, make)
         return load_ranges(stored.path / _RANGES)
 
-    def _collect(self, path: Path, matrices: Sequence[Matrix], runtime: str, *, moments: bool) -> dict[str, Observed]:
-        examples = self.workspace.calibration
+    def _collect(
+        self, path: Path, matrices: Sequence[Matrix], runtime: str, *, moments: bool, partial: Path
+    ) -> dict[str, Observed]:
+        examples = self.fitted
         names = [matrix.tap for matrix in matrices]
         return collect_ranges(
             TapRunner(path, names),
@@ -201,4 +213,10 @@ class Quantizer:
             padding=runtime == CPU,
             batch_size=self.workspace.recipe.batch_size,
             progress=self.monitor.work("ranges", len(examples)),
+            partial=partial,
         )
+
+
+def _cache_cost(made: Planned, graph: Path) -> dict[str, int]:
+    """What a cache of codes holds of a token, read from the graph; nothing where there is no such cache."""
+    return {"kv_bytes_per_token": cache_bytes(graph)} if made.kv.get("cache") else {}

@@ -31,6 +31,7 @@ from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.shapes import sequence_limit
 from headwise.pipeline.speeds import in_words
 from headwise.pipeline.store import Make, Store, installed_version, versions
+from headwise.pipeline.timing import StoredTable, Timing
 from headwise.pipeline.workspace import Workspace
 
 ENGINE, DECODE_ENGINE = "model.engine", "decode.engine"
@@ -53,6 +54,7 @@ class Stages:
         self.monitor = monitor
         self.gatekeeper = Gatekeeper(workspace, results, store, monitor)
         self.exporter = Exporter(workspace, self.gatekeeper, monitor)
+        self.timing = Timing(workspace, monitor)
 
     def baseline(self) -> tuple[StoredModel, Path]:
         """Measure the untouched model and export it, so that costs are compared graph with graph.
@@ -75,8 +77,10 @@ class Stages:
         recipe = self.workspace.recipe
         pass_ = recipe.edits[index]
         with self.results.stage(recipe.stage_names()[1 + index][0]) as entry:
+            timed = self._latency_table(entry, model) if pass_.timed else None
             key = {
                 "parent": model.digest,
+                "latency": None if timed is None else timed.digest,
                 "pass": pass_.name,
                 "options": pass_.model_dump(mode="json"),
                 "calibration": self.workspace.calibration_digest,
@@ -87,7 +91,7 @@ class Stages:
                 "checkpoint": self.workspace.checkpoint.digest,
                 **versions("torch"),
             }
-            artifact = self._artifact(entry, key, lambda folder: self._apply(index, model, folder))
+            artifact = self._artifact(entry, key, lambda folder: self._apply(index, model, timed, folder))
             entry.record = dict(artifact.info["record"])
             edited = StoredModel(artifact.digest, artifact.path / MODEL, self.workspace.checkpoint)
             measurements = self.gatekeeper.measure(
@@ -148,7 +152,8 @@ class Stages:
             def make(folder: Path) -> dict[str, Any]:
                 made = quantizer.for_tensorrt(options, body.precision, folder)
                 cost = self.exporter.cost(folder / made["runs_as"], source.scopes)
-                return {**made, "graph": {**cost, "file_bytes": (folder / GRAPH).stat().st_size}}
+                own = {"file_bytes": (folder / GRAPH).stat().st_size, **made["cost"]}
+                return {**made, "graph": {**cost, **own}}
 
             artifact = self._artifact(entry, key, make)
             entry.record = dict(artifact.info["record"])
@@ -174,7 +179,8 @@ class Stages:
                     made: dict[str, Any] = {}
                 else:
                     made = quantizer.for_cpu(options, folder)
-                return {**made, "graph": self.exporter.cost(folder / GRAPH, source.scopes)}
+                cost = self.exporter.cost(folder / GRAPH, source.scopes)
+                return {**made, "graph": {**cost, **made.get("cost", {})}}
 
             artifact = self._artifact(entry, key, make)
             if options is not None:
@@ -254,7 +260,13 @@ class Stages:
             entry.cost["latency"] = entry.cost["latency"] | in_words(entry.cost["latency"], *costs, gate.confidence)
         return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
 
-    def _apply(self, index: int, model: StoredModel, folder: Path) -> dict[str, Any]:
+    def _latency_table(self, entry: StageEntry, model: StoredModel) -> StoredTable:
+        key = {"parent": model.digest, **self.exporter.key()}
+        found = self.timing.stored(model.checkpoint.copy().view(), self.store, f"{entry.folder}.latency", key)
+        entry.made(found.why)
+        return found
+
+    def _apply(self, index: int, model: StoredModel, timed: StoredTable | None, folder: Path) -> dict[str, Any]:
         workspace = self.workspace
         checkpoint = model.checkpoint.copy()
         view = checkpoint.view()
@@ -267,10 +279,13 @@ class Stages:
             seed=workspace.recipe.seed,
             batch_size=workspace.recipe.batch_size,
             sequence=workspace.sequence,
+            latency=None if timed is None else timed.table,
             progress=Steps(self.monitor, len(workspace.calibration)),
-        )
+        ).to_json()
+        if timed is not None:
+            record["latency"] = self.timing.outcome(timed.table, model.checkpoint.copy().view(), view)
         save_checkpoint(checkpoint, view, folder / MODEL)
-        return {"record": record.to_json()}
+        return {"record": record}
 
 
 def _why_not_here(target: Target) -> str:

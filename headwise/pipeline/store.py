@@ -49,8 +49,7 @@ class Store:
         Raises:
             StorageError: it cannot be written, or not be read back.
         """
-        folder = self.folder / name
-        full = {**key, "headwise": f"{installed_version('headwise')} {_source_digest()[:12]}"}
+        folder, full = self.folder / name, self._full(key)
         found = find(folder, full) if self.resume else Miss(reason="--no-resume")
         if isinstance(found, Artifact):
             return found, ""
@@ -71,9 +70,19 @@ class Store:
             )
         return made, found.reason
 
+    def partial(self, name: str, key: Mapping[str, Any]) -> Path:
+        """A file for what the artifact ``name`` is made of while it is being made; its name stands for the key."""
+        path = self.folder / f"{name}.{digest_json(self._full(key))[:12]}.partial"
+        if not self.resume:
+            path.unlink(missing_ok=True)
+        return path
+
+    def _full(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        return {**key, "headwise": f"{installed_version('headwise')} {source_digest()[:12]}"}
+
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of headwise's own code: between two releases the version alone says nothing about it."""
     package = Path(__file__).parents[1]
     return digest_json({path.relative_to(package).as_posix(): digest_file(path) for path in package.rglob("*.py")})

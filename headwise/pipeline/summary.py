@@ -169,6 +169,8 @@ def _exactness_notes(report: Report) -> Iterator[str]:
         record = stage.get("record") or {}
         if record.get("plan", {}).get("summary"):
             yield f"{stage['name']}: {record['plan']['summary']}"
+        if record.get("latency"):
+            yield f"{stage['name']}: {_budgeted(record['latency'])}"
         if record.get("twin_error") is not None:
             yield f"{stage['name']}: the edited model differs from its exact twin by {record['twin_error']:.1g} at most"
         if record.get("parity"):
@@ -183,6 +185,17 @@ def _exactness_notes(report: Report) -> Iterator[str]:
             )
         if record.get("forms"):
             yield f"{stage['name']}: {_forms(record['forms'])}"
+
+
+def _budgeted(latency: Mapping[str, Any]) -> str:
+    """A latency budget: what the table predicted, and what was measured."""
+    threads = latency["threads"]
+    machine = latency["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+    return (
+        f"latency {latency['predicted_ratio']:.1%} predicted, {latency['measured_ratio']:.1%} measured "
+        f"({amount('latency', latency['measured_ms'])} of {amount('latency', latency['reference_ms'])}; {machine}, "
+        f"{latency['method']})"
+    )
 
 
 def _forms(forms: Mapping[str, Any]) -> str:

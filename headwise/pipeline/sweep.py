@@ -8,14 +8,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from headwise.calibration.tasks import Examples
+from headwise.errors import PlanError
 from headwise.export.runners import OrtRunner
 from headwise.gates.drift import drift
 from headwise.gates.measure import Predictions, predict
 from headwise.model.quantization import QuantPlan
 from headwise.pipeline.workspace import Workspace
 
+_LEAST = 8
+"""Samples that ranges and roundings are fitted to."""
 Write = Callable[[Path, QuantPlan], Path]
 """Writes a graph into a folder as a plan says, and returns what ONNX Runtime can run."""
+
+
+def set_aside(examples: Examples, samples: int) -> tuple[Examples, Examples]:
+    """Calibration samples to fit to, and the last ones, which only judge.
+
+    Raises:
+        PlanError: too few are left.
+    """
+    count = len(examples) - samples
+    if samples and count < _LEAST:
+        raise PlanError(
+            f"quantize.budget sets {samples} of {len(examples)} calibration samples aside",
+            expected=f"at least {_LEAST} that are left to fit to",
+            fix="raise calibration.samples, or lower quantize.budget.samples",
+        )
+    cut = count * examples.per_sample
+    first, last = (replace(examples, rows=rows, labels={}) for rows in (examples.rows[:cut], examples.rows[cut:]))
+    return first, last
 
 
 class Sweep:
@@ -26,16 +47,14 @@ class Sweep:
         graph: the fp32 graph that was planned on.
         plan: what becomes of each matrix.
         write: see ``Write``.
-        samples: how many of the calibration samples to use.
+        examples: calibration samples that nothing was fitted to.
     """
 
-    def __init__(self, workspace: Workspace, graph: Path, plan: QuantPlan, write: Write, samples: int) -> None:
+    def __init__(self, workspace: Workspace, graph: Path, plan: QuantPlan, write: Write, examples: Examples) -> None:
         self.workspace = workspace
         self.plan = plan
         self.write = write
-        whole = workspace.calibration
-        rows = whole.rows[: samples * whole.per_sample]
-        self.examples: Examples = replace(whole, rows=rows, labels={})
+        self.examples = examples
         self.metric = ""
         self.reference = self._predict(graph)
 

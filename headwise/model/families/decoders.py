@@ -80,6 +80,8 @@ LLAMA = Family(
     head_dim="head_dim",
     causal=True,
     rotary=True,
+    by_block=True,
+    latent_norm="input_layernorm",
     mlp=FeedForward(
         gate="mlp.gate_proj",
         up="mlp.up_proj",
@@ -107,6 +109,7 @@ PHI3 = replace(
     fused=True,
     partial_rotary=True,
     window="config.sliding_window",
+    latent_norm="",
     mlp=FeedForward(
         up="mlp.gate_up_proj",
         down="mlp.down_proj",
@@ -128,6 +131,8 @@ GEMMA2 = replace(
     soft_cap="attn_logit_softcapping",
     window="sliding_window",
     between="post_attention_layernorm",
+    by_block=False,
+    latent_norm="",
     mlp=FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", size="intermediate_size"),
 )
 

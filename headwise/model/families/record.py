@@ -98,6 +98,10 @@ class Family:
         per_head: paths from the attention module to further parameters with an equal part for every query head -> the
             axis along which the heads lie; a module may lack them.
         handed_on: what the first layer of a stack computes for the others; None where each layer computes all itself.
+        by_block: blocks need nothing but hidden states and the mask, and what their config says, so that a model of one
+            block runs on stored hidden states.
+        latent_norm: path from a block to the norm in front of its attention, where blocks are those of DeepSeek-V3
+            except for their attention; empty for all others.
         mlp: where the blocks keep their MLP; None where they have none that can be pruned.
         other_mlp: what blocks have instead of ``mlp`` under other options of the config.
         config: entries of a stock config that express a layout whose layers are all equal; empty where the stock
@@ -136,6 +140,8 @@ class Family:
     runs: Runs | None = None
     per_head: Mapping[str, int] = field(default_factory=dict)
     handed_on: HandedOn | None = None
+    by_block: bool = False
+    latent_norm: str = ""
     mlp: FeedForward | None = None
     other_mlp: tuple[FeedForward, ...] = ()
     bookkeeping: Mapping[str, Count] = field(default_factory=dict)
