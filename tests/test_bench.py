@@ -21,9 +21,10 @@ from test_cost import graph
 from headwise.cli import main
 from headwise.device.arrays import Port
 from headwise.errors import DataError, HeadwiseError, MachineError
+from headwise.export.decoder import DECODE
 from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
 from headwise.export.torch_variant import TorchVariant
-from headwise.export.variants import EngineVariant, GraphVariant, open_variant
+from headwise.export.variants import SINGLE, EngineVariant, GraphVariant, open_variant
 from headwise.pipeline import bench as bench_module
 from headwise.pipeline.bench import BenchOptions, bench
 from headwise.pipeline.bench_child import Served, memory
@@ -218,6 +219,21 @@ def test_checkpoints_run_on_what_was_asked_for(tmp_path_factory: pytest.TempPath
     if not torch.cuda.is_available():
         with pytest.raises(MachineError, match="torch finds no GPU"):
             TorchVariant(source, threads=1, provider="cuda")
+
+
+def test_single_tokens_have_a_graph_of_their_own(tmp_path: Path) -> None:
+    assert SINGLE == DECODE
+    signature = f"(float[B, S] x, float[B, P] {PAST.replace('.', '_')}) => (float[B, S] y)"
+    for name, scale in (("model.onnx", "x"), (SINGLE, "h")):
+        body = "y = Identity(x)" if scale == "x" else "h = Neg(x) y = Neg(h)"
+        graph(tmp_path, signature, body, 21).rename(tmp_path / name)
+    variant = GraphVariant(tmp_path / "model.onnx", threads=1, provider="cpu")
+    sessions = []
+    for case in (Case(batch=1, tokens=4, past=0), Case(batch=1, tokens=1, past=3), Case(batch=1, tokens=1)):
+        variant.prepare(case, {})
+        variant.call()
+        sessions.append(variant._used is variant._session)
+    assert sessions == [True, False, True]
 
 
 def test_images_have_the_size_of_the_config(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
 from headwise.model.cache import is_past, is_present
 
 Inputs = Mapping[str, Port]
+SINGLE = "decode.onnx"
+"""Graph of single tokens beside that of a decoder: ``export.decoder.DECODE``, whose module needs torch."""
 ENGINES = frozenset({".engine", ".plan", ".trt"})
 
 
@@ -64,13 +66,15 @@ class Variant(Protocol):
 
 
 class GraphVariant:
-    """An ONNX file. Its cache, where it has one, stays on the device."""
+    """An ONNX file. Its cache stays on the device; a graph of its own beside it runs single tokens."""
 
     runtime = "onnxruntime"
     longest: int | None = None
 
     def __init__(self, path: Path, *, threads: int, provider: str) -> None:
         self._session = open_session(path, threads=threads, provider=provider)
+        single = path.with_name(SINGLE)
+        self._single = open_session(single, threads=threads, provider=provider) if single.exists() else self._session
         self._ort: Any = load_runtime(ORT)
         self.version, self.device = str(self._ort.__version__), provider
         self.inputs: Inputs = ports(self._session.get_inputs())
@@ -79,20 +83,22 @@ class GraphVariant:
         data = path.with_name(f"{path.name}.data")
         self.bytes = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
         self._memory = "cpu" if provider == "cpu" else "cuda"
+        self._used: Any = self._session
         self._binding: Any = None
 
     def prepare(self, case: Case, others: Inputs) -> dict[str, tuple[int, ...]]:
         """See ``Variant``."""
         del others
-        arrays = random_inputs(self.inputs, case)
-        self._binding = self._session.io_binding()
+        session = self._single if case.past is not None and case.tokens == 1 else self._session
+        arrays = random_inputs(ports(session.get_inputs()), case)
+        self._used, self._binding = session, session.io_binding()
         for name, array in arrays.items():
             if is_past(name):
                 value = self._ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
                 self._binding.bind_ortvalue_input(name, value)
             else:
                 self._binding.bind_cpu_input(name, array)
-        for output in self._session.get_outputs():
+        for output in session.get_outputs():
             self._binding.bind_output(output.name, self._memory if is_present(output.name) else "cpu")
         return {name: array.shape for name, array in arrays.items()}
 
@@ -101,7 +107,7 @@ class GraphVariant:
 
     def call(self) -> None:
         """See ``Variant``."""
-        self._session.run_with_iobinding(self._binding)
+        self._used.run_with_iobinding(self._binding)
 
 
 class EngineVariant:
