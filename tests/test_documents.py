@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -121,3 +122,25 @@ def test_pages_on_a_run(
             assert result.stdout.count("cached") == 4
         if command[0] == "bench":
             assert "% interval" in result.stdout
+
+
+def test_deploy_and_verify_a_bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # The run is there already, so that the first command finds its stages.
+    shutil.copytree(copied("plain", tmp_path_factory.getbasetemp(), folder / "again") / "out", folder / "out")
+    make, verify, selftest, record, triton = blocks("deploy.md")
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = run(make, folder)
+    assert done.returncode == 0, done.stderr
+    assert 'PASS     golden    output "parity"' in done.stdout
+    done = run(verify, folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "bundle" / "verified.json").read_text())["exit_code"] == 0
+    for script in (selftest, record):
+        done = run(script, folder / "bundle", PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stderr
+        assert "every byte as recorded" in done.stdout
+    done = run(triton, folder)
+    assert done.returncode == 0, done.stderr
+    assert "config.pbtxt" in done.stdout

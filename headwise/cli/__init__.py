@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from headwise.cli.bench import bench
+from headwise.cli.bundle import bundle
 from headwise.cli.common import (
     CHECKPOINT_HELP,
     EXIT_CODES,
@@ -23,6 +24,7 @@ from headwise.cli.common import (
 )
 from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
+from headwise.device.cli import verify
 from headwise.errors import RecipeError
 
 
@@ -237,10 +239,12 @@ def schema() -> None:
 
 
 main.add_command(bench)
+main.add_command(bundle)
 main.add_command(convert)
 main.add_command(cost)
 main.add_command(generate)
 main.add_command(to_hf)
+main.add_command(verify)
 
 
 def _tell_ci(report: Mapping[str, Any]) -> None:

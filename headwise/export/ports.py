@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from headwise.device.arrays import Dims
 from headwise.errors import ExportError
-from headwise.export.graph import Dims, signature
+from headwise.export.graph import signature
 from headwise.model.cache import CacheLayout, is_past
 from headwise.model.decoder import positions
 

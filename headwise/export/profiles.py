@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from headwise.device.arrays import Dims
 from headwise.errors import ExportError
-from headwise.export.graph import Dims, graph_inputs
+from headwise.export.graph import graph_inputs
 from headwise.export.ports import PAST_SEQUENCE, TOTAL_SEQUENCE
 from headwise.export.precision import ExportSpec, Range
 from headwise.model.cache import is_past
