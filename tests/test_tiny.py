@@ -15,12 +15,13 @@ from runs import STORY, plain_files, run, text_files, write_recipe
 
 from headwise.calibration.data import DataSpec
 from headwise.cli import main
-from headwise.errors import CheckpointError, DataError
+from headwise.errors import CheckpointError, HeadwiseError
 from headwise.gates.judge import GateSpec, Outcome
 from headwise.gates.measure import Measurement
 from headwise.model.checkpoint import load_checkpoint
 from headwise.model.tiny import shortened, tiny_checkpoint
 from headwise.pipeline.baseline import Baseline
+from headwise.pipeline.bundle_parts import find_parts
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.regression import accept, compare
 from headwise.pipeline.report import read_report
@@ -144,8 +145,9 @@ def test_the_whole_recipe_runs_beside_the_real_run(tmp_path: Path, monkeypatch: 
     for judged in (
         lambda: compare(done.folder, Baseline.of(report, GateSpec())),
         lambda: accept(done.folder, tmp_path / "baseline.json"),
+        lambda: find_parts(done.folder, report),
     ):
-        with pytest.raises(DataError, match="is a tiny run, whose accuracy means nothing"):
+        with pytest.raises(HeadwiseError, match="is a tiny run, whose (accuracy means nothing|weights are random)"):
             judged()
     assert not (tmp_path / "baseline.json").exists()
 
