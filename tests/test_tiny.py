@@ -147,7 +147,7 @@ def test_the_whole_recipe_runs_beside_the_real_run(tmp_path: Path, monkeypatch: 
         lambda: accept(done.folder, tmp_path / "baseline.json"),
         lambda: find_parts(done.folder, report),
     ):
-        with pytest.raises(HeadwiseError, match="is a tiny run, whose (accuracy means nothing|weights are random)"):
+        with pytest.raises(HeadwiseError, match=r"is a tiny run, whose (accuracy means nothing|weights are random)"):
             judged()
     assert not (tmp_path / "baseline.json").exists()
 
