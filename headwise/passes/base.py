@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -67,6 +67,11 @@ class Pass(Spec):
         """
         del view
         return None
+
+    def for_layers(self, count: int) -> Self:
+        """The same pass for the first attention layers of the model: options with an entry per layer are cut."""
+        lists = {name: value for name, value in self if isinstance(value, tuple) and len(value) > count}
+        return self.model_copy(update={name: value[:count] for name, value in lists.items()})
 
     @abstractmethod
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
