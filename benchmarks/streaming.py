@@ -75,18 +75,17 @@ GROUPED_7B = replace(
 )
 NARROW = replace(
     LLAMA_7B,
-    layers=8,
-    width=1024,
-    hidden=2816,
-    heads=16,
-    kv_heads=16,
-    options={"kv_heads": 4, "grouping": "adjacent", "rounds": 0},
-    samples=16,
+    width=512,
+    hidden=1408,
+    heads=8,
+    kv_heads=8,
+    options={"kv_heads": 2, "grouping": "adjacent", "rounds": 0},
+    samples=8,
 )
 CASES = {
     "llama-7b": (LLAMA_7B,),
     "grouped-7b": (GROUPED_7B,),
-    "depth": tuple(replace(NARROW, layers=layers) for layers in (8, 16, 32)),
+    "depth": tuple(replace(NARROW, layers=layers) for layers in (2, 8, 16)),
 }
 
 

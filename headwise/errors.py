@@ -64,6 +64,18 @@ class TargetError(HeadwiseError):
     exit_code = 2
 
 
+class GateError(HeadwiseError):
+    """What was asked for needs a run whose gates passed."""
+
+    exit_code = 1
+
+
+class BundleError(HeadwiseError):
+    """The folder is no bundle, its manifest cannot be read, or it does not hold what was asked for."""
+
+    exit_code = 2
+
+
 class SurgeryError(HeadwiseError):
     """An edit did not land where its plan said, or its exact twin disagrees."""
 

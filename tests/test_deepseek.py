@@ -96,6 +96,8 @@ def test_the_norm_divides_by_a_constant(family: str, options: dict[str, Any], th
             module.inv_freq = 1 / theta**exponents
     with torch.no_grad():
         for layer in view.attention:
+            norm: Any = layer.block.get_submodule("input_layernorm")
+            norm.weight *= 100
             # Biases, which the stock class only has in front of the norm.
             up = layer.module.get_submodule("v_up")
             up.register_parameter("bias", nn.Parameter(torch.randn(up.weight.shape[0])))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from headwise.errors import ExportError
 from headwise.export.precision import ExportSpec, Range, convert_precision
 from headwise.export.runners import OrtRunner
+from headwise.export.widen import widen
 
 LOWEST = "-3.4028234663852886e38"
 GRAPH = """<ir_version: 10, opset_import: ["": {opset}]>
@@ -129,3 +130,23 @@ def test_ranges_are_ordered() -> None:
         Range(opt=9)
     with pytest.raises(ValidationError, match="extra"):
         ExportSpec.model_validate({"presicion": "fp16"})
+
+
+def test_a_bf16_graph_runs_in_fp32_with_its_rounded_weights(tmp_path: Path) -> None:
+    source, half, wide = (tmp_path / name for name in ("fp32.onnx", "bf16.onnx", "wide.onnx"))
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[N, 2] x) => (float[N, 2] y, float[N, 2] z) {
+        p = MatMul(x, w)
+        y = Erf(p)
+        c = Constant<value = float[2] {1.001, 2.0}>()
+        z = Add(p, c)
+    }"""
+    model = onnx.parser.parse_model(text)
+    weight = np.array([[1 + 2**-9, 0.5], [3, -1]], np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    onnx.save(model, str(source))
+    convert_precision(source, half, "bf16", keep_io=False)
+    widen(half, wide)
+    found = OrtRunner(wide)({"x": np.eye(2, dtype=np.float32)})
+    np.testing.assert_array_equal(found["z"], np.array([[1, 0.5], [3, -1]], np.float32) + np.array([1, 2], np.float32))
+    assert not any(t.data_type == TensorProto.BFLOAT16 for t in onnx.load(str(wide)).graph.initializer)

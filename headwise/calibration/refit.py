@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from headwise.calibration.faults import did_not_run
 from headwise.calibration.tasks import Examples
-from headwise.calibration.tokens import did_not_run, valid_mask, valid_tokens
+from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError
 from headwise.model.access import watched_input
 from headwise.model.forward import run, to_torch

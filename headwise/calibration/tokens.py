@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from headwise.calibration.tasks import Batch
-from headwise.errors import DataError
 from headwise.model.families import Family
-from headwise.model.mlp import MlpView
-from headwise.model.view import AttentionView
 
 
 def valid_mask(batch: Batch, family: Family) -> torch.Tensor | None:
@@ -35,10 +32,8 @@ def valid_tokens(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)
 
 
-def did_not_run(layer: AttentionView | MlpView) -> DataError:
-    """The error for a layer that no sample reached."""
-    return DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="a layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
+def add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
+    """Add products of the tokens that count, (B, T, D) with a 1 behind each, to those of a layer."""
+    tokens = valid_tokens(inputs.detach(), mask).double()
+    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+    moments[index] = moments.get(index, 0) + tokens.T @ tokens

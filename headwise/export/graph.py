@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,12 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass, ShapeInferencePass
 
+from headwise.device.arrays import ANY, Dims, Port
 from headwise.errors import ExportError
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _EXTERNAL_BYTES = 1_800_000_000  # a protobuf message ends at 2 GiB
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
-
-Dims = tuple[int | str, ...]
 
 
 def clean_up(
@@ -74,14 +73,22 @@ def module_path(node: onnx.NodeProto) -> str:
 
 def graph_inputs(path: Path) -> dict[str, Dims]:
     """Input -> dims of a graph on disk; a dynamic dim is a name."""
+    return {name: port.dims for name, port in graph_ports(path)[0].items()}
+
+
+def graph_ports(path: Path) -> tuple[dict[str, Port], dict[str, Port]]:
+    """Inputs and outputs of a graph on disk, by name; a size that varies is a name."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    return {
-        value.name: tuple(
-            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or "?")
-            for dim in value.type.tensor_type.shape.dim
-        )
-        for value in graph.input
-    }
+    return _ports(graph.input), _ports(graph.output)
+
+
+def _ports(values: Iterable[onnx.ValueInfoProto]) -> dict[str, Port]:
+    found = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        sizes = (dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or ANY) for dim in tensor.shape.dim)
+        found[value.name] = Port(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, tuple(sizes))
+    return found
 
 
 def signature(value: ir.Value) -> tuple[str, Dims]:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from headwise.device.arrays import Dims
 from headwise.errors import ExportError
-from headwise.export.graph import Dims, clean_up, save_graph, signature
+from headwise.export.graph import clean_up, save_graph, signature
 from headwise.export.runners import OrtRunner
 from headwise.export.tracing import caching, grouped_heads, no_fastpath, quiet, tuple_outputs
 from headwise.model.forward import of_decoder, real_tokens, run, to_torch

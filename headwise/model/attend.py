@@ -10,7 +10,7 @@ K kv heads, J of which have keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +23,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from headwise.errors import UnsupportedModelError
 from headwise.model.layout import AttentionLayout
+from headwise.model.masks import HIDDEN, boolean, seen_keys
 from headwise.model.membership import membership
 from headwise.model.token_flow import Parts, flow_of
-from headwise.model.token_select import HIDDEN, keep_keys
+from headwise.model.token_select import keep_keys
+from headwise.model.windows import attend_in_blocks, visible_to_heads
 
 NAME = "headwise"
 Positions = list[int] | torch.Tensor
@@ -34,6 +36,7 @@ See = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with attention weights, (B, N, T, S), and values, (B, N, S, H), one entry per query head."""
 
 _LAYOUT, _SEE, _MEMBERS = "_headwise_layout", "_headwise_see", "_headwise_members"
+_INSTEAD = "_headwise_instead"
 _form: ContextVar[Form] = ContextVar("form", default="gathered")
 
 
@@ -63,18 +66,27 @@ def bound(caller: nn.Module) -> AttentionLayout | None:
     return getattr(caller, _LAYOUT, None)
 
 
-@contextmanager
-def watch(caller: nn.Module, see: See) -> Iterator[None]:
+def watch(caller: nn.Module, see: See) -> AbstractContextManager[None]:
     """Call ``see`` on every forward of ``caller`` while the block runs."""
+    return _told(caller, _SEE, see)
+
+
+def replaced(caller: nn.Module, function: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
+    """Let ``function``, which takes what ``attend`` takes and gives (B, T, N, H), attend for ``caller``."""
+    return _told(caller, _INSTEAD, function)
+
+
+@contextmanager
+def _told(caller: nn.Module, name: str, value: object) -> Iterator[None]:
     config = getattr(caller, "config", None)
     previous = None if config is None else config._attn_implementation
-    setattr(caller, _SEE, see)
+    setattr(caller, name, value)
     if config is not None:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        delattr(caller, _SEE)
+        delattr(caller, name)
         if config is not None:
             config._attn_implementation = previous
 
@@ -101,15 +113,22 @@ def attend(
     Returns:
         (B, T, N, H), and weights (B, N, T, S) or None.
     """
+    instead = getattr(module, _INSTEAD, None)
+    if instead is not None:
+        return instead(module, query, key, value, attention_mask, **options), None
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
     flow = flow_of(module)
+    if layout is not None and layout.streaming and not explicit:
+        return attend_in_blocks(module, layout, (query, key, value), attention_mask, **options), None
     if (layout is None or not layout.custom) and flow is None and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
+    if layout.streaming:
+        attention_mask = _within_windows(layout, query, key, attention_mask)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
     if flow is not None:
@@ -234,6 +253,14 @@ def _shift(
     heads = [layout.query.index(head) for head in layout.scoring]
     bias = position_bias if position_bias.shape[1] == 1 else _take(position_bias, heads)
     return bias if shift is None else shift + bias
+
+
+def _within_windows(
+    layout: AttentionLayout, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, N, T, S), true where a head sees a key: the mask of all heads, and the windows of some."""
+    visible = visible_to_heads(layout, seen_keys(mask), query.shape[2], key.shape[2])
+    return visible if mask is None else visible & boolean(mask)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

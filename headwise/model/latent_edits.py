@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from headwise.errors import PlanError
 from headwise.model.layout import AttentionLayout
+from headwise.model.window_edits import refuse_streaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ class ShareLayers:
 
 def _refuse(layer: int, layout: AttentionLayout) -> None:
     refuse_compressed(layer, layout)
+    refuse_streaming(layer, layout)
     if layout.clustered:
         raise PlanError(
             f"the heads of layer {layer} are clustered already",

@@ -34,6 +34,21 @@ def _refused(layer: AttentionView) -> Iterator[str]:
     """Passes that would not be right here."""
     for name, reason in layer.family.refuses.items():
         yield f"{name}: refused, because {reason}"
+    reason = why_not_streaming(layer)
+    if reason:
+        yield f"stream-heads: refused, because {reason}"
+
+
+def why_not_streaming(layer: AttentionView) -> str:
+    """Why no head of a layer can be given a window, as a clause behind "because"; empty where one can."""
+    family = layer.family
+    if not family.causal or family.decoder:
+        return "only decoders without an encoder keep caches that windows would bound"
+    if family.window and attribute(layer.module, family.window) is not None:
+        return "its heads see the last tokens only already"
+    if family.soft_cap and attribute(layer.module, family.soft_cap) is not None:
+        return "its scores are capped, which needs the weights of all tokens"
+    return ""
 
 
 def _sharing(layer: AttentionView) -> Iterator[str]:

@@ -10,6 +10,7 @@ from headwise.errors import PlanError
 from headwise.model.latent_edits import refuse_compressed
 from headwise.model.layout import AttentionLayout
 from headwise.model.token_budget import TokenBudget
+from headwise.model.window_edits import refuse_streaming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class KeepTokens:
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless every head has queries, keys and values of its own and sees all tokens."""
         refuse_compressed(self.layer, layout)
+        refuse_streaming(self.layer, layout)
         if layout.clustered:
             raise PlanError(
                 f"the heads of layer {self.layer} are clustered",

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from headwise.model.masks import HIDDEN
 from headwise.model.token_budget import STEPS, TokenBudget
-from headwise.model.token_select import HIDDEN, Tokens, scores_of
+from headwise.model.token_select import Tokens, scores_of
 
 _FLOW = "_headwise_flow"
 

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from headwise.model.masks import HIDDEN
 from headwise.model.token_budget import STEPS, TokenBudget
 
-HIDDEN = -3e4
-"""Score of a key that must not be seen: no weight is left after softmax, and it is a number in float16."""
 _PRIME = 10007
 _masking: ContextVar[bool] = ContextVar("masking", default=False)
 

@@ -14,6 +14,7 @@ from headwise.passes.prune_tokens import PruneTokens
 from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 from headwise.passes.share_layers import ShareLayersPass
+from headwise.passes.stream_heads import StreamHeadsPass
 
 PASSES: Mapping[str, type[Pass]] = {
     cls.name: cls
@@ -26,6 +27,7 @@ PASSES: Mapping[str, type[Pass]] = {
         LatentKVPass,
         ShareLayersPass,
         PruneTokens,
+        StreamHeadsPass,
     )
 }
 """Passes that edit the model: name in a recipe -> pass."""

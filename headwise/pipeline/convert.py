@@ -85,9 +85,11 @@ def convert(
         watcher.start(f"layer {index + 1}/{len(source)}")
         converted = blocks.convert(index, streams, Steps(watcher, len(examples)))
         folder.add(index, converted.tensors, converted.layout, converted.record)
-        streams = converted.streams
+        streams, drift = converted.streams, converted.record["drift"]
+        # Nothing of this layer is to be in memory beside the next one.
+        del converted
         folder.keep(streams)
-        watcher.finish(f"layer {index + 1}/{len(source)}", f"differs by {converted.record['drift']:.2%}")
+        watcher.finish(f"layer {index + 1}/{len(source)}", f"differs by {drift:.2%}")
     watcher.start("rest")
     layout = folder.layout()
     before = source.view.layout

@@ -136,6 +136,11 @@ def _kept_tokens(edit: Mapping[str, Any]) -> str:
     return f"{whose} {budget['keep']:.1%} of the tokens, {rest}"
 
 
+def _streaming(edit: Mapping[str, Any]) -> str:
+    windows = [f"kv head {head} the last {window}" for head, window in edit["windows"].items()]
+    return f"{', '.join(windows)} tokens and the first {edit['sink']} only" if windows else ""
+
+
 _WORDS = {
     "drop-heads": _dropped,
     "share-kv": _shared,
@@ -144,6 +149,7 @@ _WORDS = {
     "latent-kv": _latent,
     "share-layers": _shared_layers,
     "keep-tokens": _kept_tokens,
+    "stream-heads": _streaming,
 }
 
 
