@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from runs import copied
+
+from headwise.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +48,7 @@ def blocks(page: str) -> list[str]:
 
 
 def test_gate_a_regression_in_ci(folder: Path) -> None:
-    accept, check = blocks("ci.md")
+    accept, check, _ = blocks("ci.md")
     done = run(accept, folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "baseline.json").exists()
@@ -58,12 +62,22 @@ def test_gate_a_regression_in_ci(folder: Path) -> None:
     done = run(check, folder)
     assert done.returncode == 1, done.stdout
     assert "prune-heads digit accuracy" in done.stdout
+    assert "FAIL" in done.stdout
+    worse = re.search(r"prune-heads digit accuracy: FAIL, ([0-9.]+) worse", " ".join(done.stdout.split()))
+    assert worse is not None
+    assert float(worse[1]) >= 2, "points"
 
 
 def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None:
     action: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
     steps = {step["name"]: step for step in action["runs"]["steps"] if "name" in step}
-    given = {"checkpoint": "checkpoint", "recipe": "recipe.yaml", "baseline": "baseline.json", "out": "out"}
+    given = {
+        "checkpoint": "checkpoint",
+        "recipe": "recipe.yaml",
+        "baseline": "baseline.json",
+        "out": "out",
+        "tiny": "false",
+    }
     given["set"] = "passes.0.ratio=0.25\n\ngate.confidence=0.9"
 
     def script(name: str) -> subprocess.CompletedProcess[str]:
@@ -77,8 +91,37 @@ def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None
     assert run("headwise check out --against baseline.json --update", folder).returncode == 0
     assert script("check").returncode == 0
     assert '"confidence": 0.9' in (folder / "baseline.json").read_text()
+    given |= {"tiny": "true", "checkpoint": "conftest:two_heads"}
+    assert script("compress").returncode == 0
+    assert (folder / "out" / "tiny" / "report.json").exists()
+    assert steps["check"]["if"] == "inputs.tiny != 'true'"
     used = set(re.findall(r"inputs\.(\w+)", (ROOT / "action.yml").read_text()))
     assert used == set(action["inputs"])
+
+
+def commands(block: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("headwise ")]
+
+
+@pytest.mark.parametrize("page", ["compress.md", "speed.md"])
+def test_pages_on_a_run(
+    page: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("text", tmp_path_factory.getbasetemp(), tmp_path)
+    monkeypatch.chdir(folder)
+    recipes = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+    if page == "compress.md":
+        # Nothing of it is made again only as long as the page says what the run did.
+        (folder / "recipe.yaml").write_text(recipes[0])
+    found = [command for block in blocks(page) for command in commands(block)]
+    assert len(found) > 1
+    for command in found:
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        if command[0] == "compress":
+            assert result.stdout.count("cached") == 4
+        if command[0] == "bench":
+            assert "% interval" in result.stdout
 
 
 def test_deploy_and_verify_a_bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

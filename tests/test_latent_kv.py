@@ -152,6 +152,16 @@ def test_a_budget_goes_where_it_helps_most() -> None:
     assert spread_rank([flat, steep], 7, [8, 8]) == [6, 1]
     assert spread_rank([flat, steep], 10, [8, 8]) == [8, 2]
     assert spread_rank([flat, steep], 100, [8, 8]) == [8, 8]
+    assert spread_rank([flat, steep], 14, [8, 8], 4) == [8, 4]
+    assert spread_rank([flat, steep], 14, [6, 6], 4) == [6, 6], "the last step is smaller where no more is of use"
+
+
+def test_ranks_are_rounded_to_sizes_that_kernels_like() -> None:
+    for options in ({"energy": 0.7}, {"budget": 0.4}):
+        view, _, _ = compress("bert", **options, round_to=8, refit=False)
+        assert {layer.latent % 8 for layer in view.layout.attention} == {0}
+    with pytest.raises(PlanError, match=r"(?s)leaves 4 numbers per token.*8 in every layer.*or round_to"):
+        compress("bert", budget=0.02, round_to=8)
 
 
 @pytest.mark.parametrize("family", ["bert", "torch", "llama", "gpt2"])
@@ -198,7 +208,16 @@ def test_layouts_and_plans_survive_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank": 4, "budget": 0.5}, {"rank": 0}, {"rank": [2, 0]}, {"energy": 1.0}, {"budget": 1.5}]
+    "options",
+    [
+        {},
+        {"rank": 4, "budget": 0.5},
+        {"rank": 0},
+        {"rank": [2, 0]},
+        {"energy": 1.0},
+        {"budget": 1.5},
+        {"rank": 4, "round_to": 8},
+    ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

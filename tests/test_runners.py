@@ -87,7 +87,7 @@ def test_ort_runner_never_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         OrtRunner(path, provider="cuda")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     real = onnxruntime.InferenceSession
-    cpu = lambda file, options, providers: real(file, options, providers=["CPUExecutionProvider"])  # noqa: E731
+    cpu = lambda file, options, **more: real(file, options, providers=["CPUExecutionProvider"])  # noqa: E731
     monkeypatch.setattr(onnxruntime, "InferenceSession", cpu)
     with pytest.raises(MachineError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider"):
         OrtRunner(path, provider="cuda")

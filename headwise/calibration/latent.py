@@ -85,21 +85,24 @@ class JointLatent:
         return down / size, tuple(ups)
 
 
-def spread_rank(latents: Sequence[torch.Tensor], budget: int, most: Sequence[int], least: int = 1) -> list[int]:
-    """Numbers per layer, ``budget`` in all, each given to the layer that gains most by one more.
+def spread_rank(latents: Sequence[torch.Tensor], budget: int, most: Sequence[int], step: int = 1) -> list[int]:
+    """Numbers per layer, ``budget`` in all, each step given to the layer that gains most by it.
 
-    The gain is the share of the layer's own energy that its next number adds.
+    The gain is the share of the layer's own energy that its next numbers add.
 
     Args:
         latents: per layer the energies of ``JointLatent``.
         budget: numbers in all.
         most: per layer, how many it can use.
-        least: numbers that every layer gets.
+        step: numbers that are given together; every layer gets one step, and may end with less than a whole one only
+            where it cannot use more.
     """
-    ranks = [min(least, limit) for limit in most]
-    while sum(ranks) < budget:
-        open_layers = [i for i, limit in enumerate(most) if ranks[i] < limit]
-        if not open_layers:
-            break
-        ranks[max(open_layers, key=lambda i: (float(latents[i][ranks[i]]), -i))] += 1
-    return ranks
+    ranks = [min(step, limit) for limit in most]
+    while True:
+        steps = [min(step, limit - rank) for rank, limit in zip(ranks, most, strict=True)]
+        fitting = [i for i, size in enumerate(steps) if size and sum(ranks) + size <= budget]
+        if not fitting:
+            return ranks
+        gains = {i: float(latents[i][ranks[i] : ranks[i] + steps[i]].sum()) / steps[i] for i in fitting}
+        best = max(fitting, key=lambda i: (gains[i], -i))
+        ranks[best] += steps[best]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from headwise.calibration.stats import did_not_run
+from headwise.calibration.faults import did_not_run
 from headwise.calibration.tasks import Examples
 from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.errors import DataError

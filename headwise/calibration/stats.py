@@ -16,18 +16,20 @@ import torch
 
 from headwise.calibration.cross import CrossSums
 from headwise.calibration.exchange import LARGEST, room
+from headwise.calibration.faults import did_not_run, refuse_broken
 from headwise.calibration.features import FeatureMoments, output_curvature
 from headwise.calibration.maps import MapSums
 from headwise.calibration.neurons import NeuronSums
 from headwise.calibration.shapes import cost_row
+from headwise.calibration.stream_gates import train_gates
+from headwise.calibration.streaming import Span, WindowSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.calibration.timing import LatencyTable
-from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
+from headwise.calibration.token_curves import token_curves
+from headwise.calibration.tokens import add_moment, valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
-from headwise.errors import DataError
 from headwise.model.forward import run, to_torch
-from headwise.model.mlp import MlpView
 from headwise.model.view import AttentionView, ModelView
 
 Progress = Callable[[int], None]
@@ -63,6 +65,13 @@ class Stat(StrEnum):
     """The same when the output projection is solved anew for it, see ``calibration.exchange``; before that where the
     products of all layers would not fit in memory."""
 
+    WINDOW_COST = "window-cost"
+    """Per layer (K,): mean over tokens of the squared change of the layer output when the readers of a kv head see the
+    first and the last tokens only, as many as ``span`` says."""
+
+    STREAM_GATES = "stream-gates"
+    """Per layer (K,): how much a kv head needs all tokens, from 0 to 1; see ``calibration.stream_gates``."""
+
     NEURON_MEAN = "neuron-mean"
     """Per MLP (F,): mean over tokens of what a neuron gives."""
 
@@ -88,6 +97,11 @@ class Stat(StrEnum):
     UNIT_GAUSS_NEWTON = "unit-gauss-newton"
     """The same shapes: E[J^T J] of the label-free signal, by Hutchinson draws."""
 
+    TOKEN_COST = "token-cost"
+    """Per layer (8,): relative squared change of its output when heads keep 1/8, 2/8, ... of the tokens."""
+    END_ATTENTION = "end-attention"
+    """Per layer (2, 16): share of attention that the first 1, 2, ... tokens receive, and the last."""
+
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
 
@@ -101,7 +115,7 @@ MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 LABELLED = frozenset({Stat.LOSS_GRADIENT, Stat.UNIT_FISHER})
-RUNS = UNITS | {Stat.OUTPUT_CURVATURE}
+RUNS = UNITS | {Stat.OUTPUT_CURVATURE, Stat.STREAM_GATES, Stat.TOKEN_COST, Stat.END_ATTENTION}
 """Statistics that take a run of their own, behind the one for all others."""
 
 
@@ -135,6 +149,7 @@ def collect(
     draws: int = 4,
     seed: int = 0,
     pairs: Mapping[int, int] | None = None,
+    span: Span | None = None,
     sequence: int | None = None,
     progress: Progress | None = None,
 ) -> HeadStats:
@@ -150,6 +165,7 @@ def collect(
         seed: seed of these projections.
         sequence: tokens per sample for ``MACS``; None: 128, or what the model can take.
         pairs: layer -> earlier layer, for ``CROSS_MOMENT``.
+        span: what heads see that stream, for ``WINDOW_COST`` and ``STREAM_GATES``.
         progress: called with the number of samples of every finished batch, in the longer run where there are two.
 
     Raises:
@@ -159,6 +175,8 @@ def collect(
     units = asked & UNITS
     sums = _Sums(view, asked | ({Stat.HEAD_MEAN, Stat.NEURON_MEAN} if units else set()), draws, seed)
     sums.cross = CrossSums(pairs or {})
+    if span is not None and Stat.WINDOW_COST in asked:
+        sums.windows = [WindowSums(layer, span) for layer in view.attention]
     for batch in examples.batches(batch_size):
         sums.add(task, examples, batch)
         if progress is not None and not asked & RUNS:
@@ -172,22 +190,15 @@ def collect(
             values[stat] = unit_gradients(view, task, examples, means, chosen, **given)
     if Stat.OUTPUT_CURVATURE in asked:
         values[Stat.OUTPUT_CURVATURE] = output_curvature(view, task, examples, seed=seed, **given)
+    if asked & {Stat.TOKEN_COST, Stat.END_ATTENTION}:
+        values |= dict(zip((Stat.TOKEN_COST, Stat.END_ATTENTION), token_curves(view, examples, **given), strict=True))
+    if Stat.STREAM_GATES in asked and span is not None and span.training is not None:
+        values[Stat.STREAM_GATES] = train_gates(view, task, examples, span, span.training, **given)
     if Stat.MACS in asked:
         work = count_work(view, to_torch(cost_row(view.module, examples, sequence)))
         values[Stat.MACS] = (torch.tensor(work.heads), torch.tensor(work.neurons), torch.tensor([work.total]))
-    return _checked(HeadStats(values=values, samples=len(examples), digest=examples.digest))
-
-
-def _checked(stats: HeadStats) -> HeadStats:
-    for stat, tensors in stats.values.items():
-        for index, tensor in enumerate(tensors):
-            if not torch.isfinite(tensor).all():
-                raise DataError(
-                    f"the statistic {stat} of layer {index} is not finite",
-                    expected="finite head outputs and neurons on every calibration sample",
-                    fix="look for broken samples in the calibration data, or for a model that overflows",
-                )
-    return stats
+    refuse_broken(values)
+    return HeadStats(values=values, samples=len(examples), digest=examples.digest)
 
 
 class _Sums:
@@ -208,6 +219,7 @@ class _Sums:
         self.gauss_newton = torch.zeros(heads, heads, dtype=torch.float64)
         self.weights = [v.read().output for v in view.attention]
         self.cross = CrossSums({})
+        self.windows: list[WindowSums] = []
         self.neurons = NeuronSums(view)
         self.features = FeatureMoments(view)
         repaired = Stat.REPAIRED_COST in needs and room(view.attention) <= LARGEST
@@ -231,12 +243,14 @@ class _Sums:
                 stack.enter_context(self._watched(layer, mask))
                 if self.needs & MOMENTS:
                     keys = valid_key_mask(batch, family)
-                    stack.enter_context(layer.watch_input(partial(_add_moment, self.moments, layer.index, keys)))
+                    stack.enter_context(layer.watch_input(partial(add_moment, self.moments, layer.index, keys)))
                 if Stat.QUERY_MOMENT in self.needs and family.cross:
-                    add = partial(_add_moment, self.query_moments, layer.index, mask)
+                    add = partial(add_moment, self.query_moments, layer.index, mask)
                     stack.enter_context(layer.watch_query_input(add))
                 if self.needs & WEIGHTS:
                     stack.enter_context(self.maps[layer.index].watched(layer, mask))
+                for windows in self.windows[layer.index : layer.index + 1]:
+                    stack.enter_context(windows.watched(layer, mask))
                 if with_gradient:
                     stack.enter_context(layer.gate(gates[layer.index]))
             outputs = run(self.view.module, inputs)
@@ -306,24 +320,11 @@ class _Sums:
                 (maps.cost if maps.exchange is None else maps.exchange.cost(weight)) / maps.tokens
                 for maps, weight in zip(self.maps, self.weights, strict=True)
             )
+        if Stat.WINDOW_COST in self.needs:
+            every[Stat.WINDOW_COST] = tuple(windows.cost / windows.tokens for windows in self.windows)
         if Stat.LOSS_GRADIENT in self.needs:
             counts = [len(v.layout.query) for v in self.view.attention]
             every[Stat.LOSS_GRADIENT] = torch.cat(self.gradients).split(counts, dim=1)
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         return every
-
-
-def did_not_run(layer: AttentionView | MlpView) -> DataError:
-    """The error for a layer that no sample reached."""
-    return DataError(
-        f"layer {layer.index} ({layer.path}) did not run",
-        expected="a layer that every sample passes through",
-        fix="exclude the layer, or feed the inputs that reach it",
-    )
-
-
-def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-    tokens = valid_tokens(inputs.detach(), mask).double()
-    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
-    moments[index] = moments.get(index, 0) + tokens.T @ tokens

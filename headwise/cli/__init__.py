@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from headwise.cli.bench import bench
 from headwise.cli.bundle import bundle
 from headwise.cli.common import (
     CHECKPOINT_HELP,
@@ -24,6 +25,7 @@ from headwise.cli.common import (
 from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
 from headwise.device.cli import verify
+from headwise.errors import RecipeError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
@@ -96,6 +98,11 @@ def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool
 @click.option("--no-resume", is_flag=True, help="Make every stage again, also finished ones.")
 @click.option("--dry-run", is_flag=True, help="Check recipe, checkpoint, data and targets, print the recipe, and stop.")
 @click.option("--require-engine-run", is_flag=True, help="Exit 4 when an engine cannot be run on this machine.")
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="Try the recipe on two layers of random weights, into OUT/tiny; judges no accuracy.",
+)
 @errors_to_exit_codes
 def compress(
     checkpoint: str,
@@ -105,12 +112,19 @@ def compress(
     no_resume: bool,
     dry_run: bool,
     require_engine_run: bool,
+    tiny: bool,
 ) -> int:
     """Run a recipe on a checkpoint, with a gate after every stage.
 
     The stages are the passes, the ONNX graph, its precision and the engines. The same command continues a run that
     was interrupted, and makes again only what a change to its inputs asks for.
     """
+    if tiny and dry_run:
+        raise RecipeError(
+            "--tiny and --dry-run together",
+            expected="one of them: --dry-run checks the real checkpoint, --tiny runs another one",
+            fix="leave one out",
+        )
     with progress() as monitor:
         from headwise.pipeline.report import terminal
         from headwise.pipeline.run import check, compress
@@ -125,6 +139,7 @@ def compress(
                 overrides=overrides,
                 resume=not no_resume,
                 require_engine_run=require_engine_run,
+                tiny=tiny,
                 monitor=monitor,
             )
     if dry_run:
@@ -223,6 +238,7 @@ def schema() -> None:
     click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
+main.add_command(bench)
 main.add_command(bundle)
 main.add_command(convert)
 main.add_command(cost)

@@ -86,7 +86,8 @@ class SelfTest:
 
         Args:
             run: the session, for example ``lambda feed: dict(zip(names, session.run(names, feed)))``. The fingerprints
-                of a bundle were taken with one thread; call :meth:`record` once for a session with more.
+                of a bundle were taken with one thread and the options of ``open_session``; call :meth:`record` once for
+                any other session.
 
         Raises:
             MachineError: there is no fingerprint of this environment.

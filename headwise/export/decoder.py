@@ -27,18 +27,22 @@ from headwise.export.precision import ExportSpec
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.tracing import caching, grouped_heads, quiet
 from headwise.model.cache import CacheLayout
-from headwise.model.decoder import positions, why_no_cache
+from headwise.model.decoder import cache_slots, held, positions, why_no_cache
+from headwise.model.finding import longest_sequence
 from headwise.model.forward import to_torch
 from headwise.model.latent_attention import LatentAttention
 from headwise.model.latent_form import latent_form
 from headwise.model.view import ModelView
+from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY
 
 LOGITS = "logits"
 DECODE = "decode.onnx"
 """The graph for calls of one token per row, beside that which reads prompts."""
-_PAST, _NEW = 4, 3
+_PAST, _NEW, _PAST_WINDOW = 4, 3, 5
 """Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+_SINGLE = 5
+"""How many tokens are read one by one when a graph is checked."""
 
 
 def export_model(view: ModelView, examples: Examples, path: Path, spec: ExportSpec) -> ExportInfo:
@@ -75,7 +79,9 @@ def export_decode(view: ModelView, examples: Examples, prompts: Path, spec: Expo
     path = prompts.with_name(DECODE)
     with latent_form("absorbed"):
         info = decoder_to_onnx(view, ids, path, opset=spec.opset)
-    return replace(info, parity=(*info.parity, *check_decoder(view, prompts, _tokens(ids), decode=path)))
+    return replace(
+        info, parity=(*info.parity, *check_decoder(view, prompts, _tokens(ids, _checked_length(view)), decode=path))
+    )
 
 
 def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["auto"] | bool) -> bool:
@@ -126,8 +132,7 @@ def decoder_to_onnx(
     """
     module: Any = view.module
     layout = view.layout.cache
-    ids = _tokens(ids)
-    inputs = _behind_cached_tokens(view, ids)
+    inputs = _behind_cached_tokens(view, _tokens(ids, _PAST + _NEW))
     try:
         with quiet(), caching(module, True), grouped_heads(), torch.no_grad():
             program = OnnxExporter().export(module, inputs, config=_config(layout, opset)).program
@@ -144,7 +149,7 @@ def decoder_to_onnx(
         outputs={str(value.name): signature(value) for value in program.graph.outputs},
         opset=program.opset_imports[""],
         nodes=dict(sorted(Counter(node.op_type for node in program.graph).items())),
-        parity=check_decoder(view, path, ids, tolerance),
+        parity=check_decoder(view, path, _tokens(ids, _checked_length(view)), tolerance),
     )
 
 
@@ -172,7 +177,9 @@ def check_decoder(
     padding = np.minimum(np.arange(rows), ids.shape[1] - 1)[:, None]
     column = np.arange(ids.shape[1])[None]
     left, right = (column >= padding).astype(np.int64), (column < ids.shape[1] - padding).astype(np.int64)
-    every, several, single = [ids.shape[1]], [_PAST, ids.shape[1] - _PAST], [2, *[1] * (ids.shape[1] - 2)]
+    every, several = [ids.shape[1]], [_PAST, ids.shape[1] - _PAST]
+    first = max(2, ids.shape[1] - _SINGLE)
+    single = [first, *[1] * (ids.shape[1] - first)]
     cases = [
         ("prompt, padded on the left", ids, left, every),
         ("prompt, padded on the right", ids, right, every),
@@ -189,9 +196,10 @@ def check_decoder(
             expected = {LOGITS: _read(reference, tokens, mask, every), **reference.cached()}
             actual = {LOGITS: _read(graph, tokens, mask, steps), **graph.cached()}
             shape = f"{'x'.join(map(str, tokens.shape))} {label}"
+            real = held(view.layout, mask)
             compared = [
-                compare(Case(output=name, shape=shape), _real(array, mask), _real(actual[name], mask), tolerance)
-                for name, array in expected.items()
+                compare(Case(output=name, shape=shape), _real(array, known), _real(actual[name], known), tolerance)
+                for name, array, known in ((name, array, real.get(name, mask)) for name, array in expected.items())
             ]
             # Of what is cached, the worst says enough.
             found += [compared[0], max(compared[1:], key=lambda parity: parity.max_abs)]
@@ -215,10 +223,17 @@ def _real(output: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(tokens[mask.astype(bool)]) if tokens.shape[:2] == mask.shape else output
 
 
-def _tokens(ids: NDArray[Any]) -> NDArray[np.int64]:
-    """(2, P + T) tokens of the sample, repeated where its rows are shorter."""
+def _tokens(ids: NDArray[Any], length: int) -> NDArray[np.int64]:
+    """(2, length) tokens of the sample, repeated where its rows are shorter."""
     rows = ids[:2] if len(ids) > 1 else np.repeat(ids, 2, axis=0)
-    return np.ascontiguousarray(rows[:, np.arange(_PAST + _NEW) % rows.shape[1]], dtype=np.int64)
+    return np.ascontiguousarray(rows[:, np.arange(length) % rows.shape[1]], dtype=np.int64)
+
+
+def _checked_length(view: ModelView) -> int:
+    """Tokens that show every way in which a graph is used: more than the caches of heads with a window hold."""
+    tensors = [tensor for tensors in view.layout.cache.layers for tensor in tensors]
+    length = max([_PAST + _NEW, *(tensor.longest + _NEW for tensor in tensors if tensor.longest is not None)])
+    return min(length, longest_sequence(view.module) or length)
 
 
 def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, Any]:
@@ -228,6 +243,11 @@ def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, 
     decoder = TorchDecoder(view)
     _read(decoder, ids[:, :_PAST], mask[:, :_PAST], [_PAST])
     arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, _NEW)}
+    longest = sorted({t.longest for tensors in view.layout.cache.layers for t in tensors if t.longest is not None})
+    for layer, tensors in zip(decoder.cache.layers, view.layout.cache.layers, strict=True):
+        if isinstance(layer, StreamingLayer):
+            lengths = [t.longest for t in tensors[::2] if t.longest is not None]
+            layer.resize([_PAST_WINDOW + 4 * longest.index(tokens) for tokens in lengths])
     return {**to_torch(arrays), "past_key_values": decoder.cache}
 
 
@@ -243,17 +263,15 @@ def _config(layout: CacheLayout, opset: int) -> OnnxConfig:
 def _name_ports(graph: Any, layout: CacheLayout) -> None:
     """Give the tensors of the cache their names; the exporter's names are paths into transformers' cache."""
     slots = [
-        (index, slot) for index, tensors in enumerate(layout.layers) for slot in ("keys", "values")[: len(tensors)]
+        f"past_key_values.layers.{index}.{slot}"
+        for index, tensors in enumerate(layout.layers)
+        for slot in cache_slots(tensors)
     ]
     for values, side, names in (
         (graph.inputs, "input", layout.past()),
         (graph.outputs, "output", layout.present()),
     ):
         ours = dict(zip(slots, names, strict=True))
-        known = {
-            f"{prefix}past_key_values.layers.{index}.{slot}": name
-            for (index, slot), name in ours.items()
-            for prefix in ("", f"{side}.")
-        }
+        known = {prefix + slot: name for slot, name in ours.items() for prefix in ("", f"{side}.")}
         for value in values:
             value.name = known.get(str(value.name), value.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from headwise.device.arrays import Dims
 from headwise.errors import ExportError
 from headwise.export.graph import graph_inputs
-from headwise.export.ports import PAST_SEQUENCE, TOTAL_SEQUENCE
+from headwise.export.ports import PAST_SEQUENCE, TOTAL_SEQUENCE, most_held
 from headwise.export.precision import ExportSpec, Range
 from headwise.model.cache import is_past
 
@@ -77,7 +77,7 @@ def decode_profiles(onnx_path: Path, profiles: Profiles) -> dict[str, dict[str, 
         profiles: of calls of any length, see :func:`profiles_for`.
     """
     inputs = graph_inputs(onnx_path)
-    past = next(filter(is_past, inputs), None)
+    past = next((name for name, dims in inputs.items() if is_past(name) and PAST_SEQUENCE in dims), None)
     if past is None:
         return {}
     axis = inputs[past].index(PAST_SEQUENCE)
@@ -95,14 +95,20 @@ def _shapes(
     inputs: Mapping[str, Dims], sizes: Mapping[str, Mapping[str, int]], others: Mapping[str, int]
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """Input -> smallest, best and largest shape, from the sizes of named axes and of all other axes that vary."""
+
+    def size(axis: int, dim: int | str, kind: str) -> int:
+        if isinstance(dim, int):
+            return dim
+        most = most_held(dim)
+        # What heads with a window keep of the past.
+        return (
+            sizes.get("batch" if axis == 0 else dim, others)[kind]
+            if most is None
+            else min(sizes[PAST_SEQUENCE][kind], most)
+        )
+
     return {
-        name: {
-            kind: tuple(
-                dim if isinstance(dim, int) else sizes.get("batch" if axis == 0 else dim, others)[kind]
-                for axis, dim in enumerate(dims)
-            )
-            for kind in _KINDS
-        }
+        name: {kind: tuple(size(axis, dim, kind) for axis, dim in enumerate(dims)) for kind in _KINDS}
         for name, dims in inputs.items()
         if not all(isinstance(dim, int) for dim in dims)
     }

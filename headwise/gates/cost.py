@@ -61,6 +61,7 @@ class Latency:
         device: what it ran on.
         threads: CPU threads; None where the backend decides.
         method: how it was measured.
+        times_ms: of every round.
     """
 
     median_ms: float
@@ -69,6 +70,7 @@ class Latency:
     device: str
     threads: int | None
     method: str
+    times_ms: tuple[float, ...]
 
 
 def graph_cost(onnx_path: Path, shapes: Mapping[str, Shape], attention_scopes: Sequence[str] = ()) -> GraphCost:
@@ -84,10 +86,7 @@ def graph_cost(onnx_path: Path, shapes: Mapping[str, Shape], attention_scopes: S
     """
     model = onnx.load(str(onnx_path), load_external_data=False)
     nodes = [node for node in model.graph.node if counts(node)]
-    sizes = _shapes(model, shapes)
-    missing = {name for node in nodes for name in [*node.input, *node.output] if name and name not in sizes}
-    if missing:
-        sizes |= _measured_shapes(onnx_path, shapes, missing)
+    sizes = known_shapes(onnx_path, model, shapes)
     total: Counter[str] = Counter()
     for node in nodes:
         total[module_path(node)] += macs(node, sizes)
@@ -100,6 +99,23 @@ def graph_cost(onnx_path: Path, shapes: Mapping[str, Shape], attention_scopes: S
         parameters=_parameters(model.graph),
         file_bytes=sum(file.stat().st_size for file in files if file.exists()),
     )
+
+
+def known_shapes(onnx_path: Path, model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Concrete shapes of all values around the nodes that multiply, inferred or else measured.
+
+    Args:
+        onnx_path: the graph, which is run where inference cannot tell a shape.
+        model: the same, without external data.
+        shapes: input name -> concrete shape.
+
+    Raises:
+        ExportError: an input has no shape here, or a shape cannot be told.
+    """
+    sizes = _shapes(model, shapes)
+    nodes = [node for node in model.graph.node if counts(node)]
+    missing = {name for node in nodes for name in [*node.input, *node.output] if name and name not in sizes}
+    return sizes | _measured_shapes(onnx_path, shapes, missing) if missing else sizes
 
 
 def latency(
@@ -135,6 +151,7 @@ def latency(
             device=_device(runners[label]),
             threads=getattr(runners[label], "threads", None),
             method=method,
+            times_ms=tuple(values),
         )
         for label, values in times.items()
     }

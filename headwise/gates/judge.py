@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -49,6 +49,8 @@ class StageLimits(GateLimits):
 
     on_fail: OnFail | None = None
     """What happens after this stage when its gate says no."""
+    min_speedup: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How many times faster than the untouched model's fp32 graph the graph of this stage has to be at least."""
 
 
 class GateSpec(Spec):
@@ -68,6 +70,9 @@ class GateSpec(Spec):
     """Bootstrap resamples."""
     seed: int = 0
     """Seed of the resamples."""
+    min_speedup: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How many times faster what is deployed has to be than the untouched model's fp32 graph, by the bad end of the
+    interval: the graph of the target ``cpu``, or the fp32 graph where there is no target."""
     outputs: dict[str, GateLimits] = Field(default_factory=dict)
     """Limits for single outputs, by name."""
     metrics: dict[str, GateLimits] = Field(default_factory=dict)
@@ -79,6 +84,12 @@ class GateSpec(Spec):
         """The gate of one stage: an entry for its kind applies, and one for its name before that."""
         changes = [self.stages[key].model_dump(exclude_none=True) for key in (kind, name) if key in self.stages]
         return self.model_copy(update={key: value for change in changes for key, value in change.items()})
+
+    def speed_limit(self, name: str, kind: str, *, is_deployed: bool) -> float | None:
+        """``min_speedup`` of one stage; the gate's own only concerns what is deployed."""
+        entries = (self.stages[key].min_speedup for key in (name, kind) if key in self.stages)
+        own = self.min_speedup if is_deployed else None
+        return next((limit for limit in entries if limit is not None), own)
 
     def limit_for(self, output: str, metric: str) -> float:
         """``max_drop`` of an output's metric."""
@@ -179,7 +190,7 @@ def judge(measurement: Measurement, gate: GateSpec, stage: str) -> Verdict:
             **numbers,
         )
 
-    broken = _unusable(measurement, limits.min_samples)
+    broken = unusable(measurement, limits.min_samples)
     if broken:
         return verdict(Outcome.FAIL, broken)
     reference, candidate = measurement.values()
@@ -194,13 +205,18 @@ def judge(measurement: Measurement, gate: GateSpec, stage: str) -> Verdict:
     return verdict(outcome, reason, difference=difference, interval=(low, high))
 
 
-def judge_all(measurements: Sequence[Measurement], gate: GateSpec, stage: str) -> tuple[Verdict, ...]:
-    """Verdicts on everything that the gate judges.
+Judge = Callable[[Measurement, GateSpec, str], Verdict]
+
+
+def judge_all(
+    measurements: Sequence[Measurement], gate: GateSpec, stage: str, one: Judge = judge
+) -> tuple[Verdict, ...]:
+    """Verdicts on everything that the gate judges, each by ``one``.
 
     Nothing to judge fails, and so does an output or metric that the gate names but nobody measured.
     """
     judged = [found for found in measurements if gate.judges(found)]
-    verdicts = [judge(found, gate, stage) for found in judged]
+    verdicts = [one(found, gate, stage) for found in judged]
     outputs, metrics = {found.output for found in judged}, {found.metric for found in judged}
     missing = [(name, "") for name in gate.outputs if name not in outputs]
     missing += [("", name) for name in gate.metrics if name not in metrics]
@@ -235,8 +251,8 @@ def not_run(measurement: Measurement, gate: GateSpec, stage: str, reason: str) -
     )
 
 
-def _unusable(measurement: Measurement, min_samples: int) -> str:
-    """Why a measurement cannot be judged; empty where it can."""
+def unusable(measurement: Measurement, min_samples: int) -> str:
+    """Why a measurement cannot be judged, or an empty string."""
     n = len(measurement.candidate)
     lengths = {"reference": len(measurement.reference), "candidate": n}
     if measurement.labels is not None:

@@ -10,7 +10,7 @@ K kv heads, J of which have keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +21,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from headwise.errors import UnsupportedModelError
 from headwise.model.layout import AttentionLayout
+from headwise.model.masks import HIDDEN, boolean, seen_keys
 from headwise.model.membership import membership
+from headwise.model.token_flow import Parts, flow_of
+from headwise.model.token_select import keep_keys
+from headwise.model.windows import attend_in_blocks, visible_to_heads
 
 NAME = "headwise"
 Positions = list[int] | torch.Tensor
@@ -30,9 +35,8 @@ Form = Literal["gathered", "fused"]
 See = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with attention weights, (B, N, T, S), and values, (B, N, S, H), one entry per query head."""
 
-_HIDDEN = -3e4
-"""Score of a key that must not be seen: no weight is left after softmax, and it is a number in float16."""
 _LAYOUT, _SEE, _MEMBERS = "_headwise_layout", "_headwise_see", "_headwise_members"
+_INSTEAD = "_headwise_instead"
 _form: ContextVar[Form] = ContextVar("form", default="gathered")
 
 
@@ -53,7 +57,7 @@ def form(name: Form) -> Iterator[None]:
 def bind(caller: nn.Module, layout: AttentionLayout) -> None:
     """Let ``caller``, the module that calls the attention function, compute what ``layout`` says."""
     setattr(caller, _LAYOUT, layout)
-    if layout.clustered and (config := getattr(caller, "config", None)) is not None:
+    if layout.custom and (config := getattr(caller, "config", None)) is not None:
         config._attn_implementation = NAME
 
 
@@ -62,18 +66,27 @@ def bound(caller: nn.Module) -> AttentionLayout | None:
     return getattr(caller, _LAYOUT, None)
 
 
-@contextmanager
-def watch(caller: nn.Module, see: See) -> Iterator[None]:
+def watch(caller: nn.Module, see: See) -> AbstractContextManager[None]:
     """Call ``see`` on every forward of ``caller`` while the block runs."""
+    return _told(caller, _SEE, see)
+
+
+def replaced(caller: nn.Module, function: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
+    """Let ``function``, which takes what ``attend`` takes and gives (B, T, N, H), attend for ``caller``."""
+    return _told(caller, _INSTEAD, function)
+
+
+@contextmanager
+def _told(caller: nn.Module, name: str, value: object) -> Iterator[None]:
     config = getattr(caller, "config", None)
     previous = None if config is None else config._attn_implementation
-    setattr(caller, _SEE, see)
+    setattr(caller, name, value)
     if config is not None:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        delattr(caller, _SEE)
+        delattr(caller, name)
         if config is not None:
             config._attn_implementation = previous
 
@@ -100,16 +113,36 @@ def attend(
     Returns:
         (B, T, N, H), and weights (B, N, T, S) or None.
     """
+    instead = getattr(module, _INSTEAD, None)
+    if instead is not None:
+        return instead(module, query, key, value, attention_mask, **options), None
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
-    if (layout is None or not layout.clustered) and not explicit:
+    flow = flow_of(module)
+    if layout is not None and layout.streaming and not explicit:
+        return attend_in_blocks(module, layout, (query, key, value), attention_mask, **options), None
+    if (layout is None or not layout.custom) and flow is None and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
+    if layout.streaming:
+        attention_mask = _within_windows(layout, query, key, attention_mask)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
+    if flow is not None:
+        shift = flow.shift(shift)
+        if layout.tokens is not None:
+            flow.look(layout.tokens, Parts(query=query, key=key, value=value, scale=scale), shift)
+    elif layout.tokens is not None:
+        kept = keep_keys(layout.tokens, query, key, value, shift, scale)
+        key, value, shift = kept.key, kept.value, kept.shift
+        if shift is not None and shift.shape[1] > 1:
+            shift = shift.repeat_interleave(layout.group, dim=1)
+    if (flow is not None or layout.tokens is not None) and not explicit:
+        grouped = {"scale": scale, "enable_gqa": layout.group > 1}
+        return F.scaled_dot_product_attention(query, key, value, shift, **grouped).transpose(1, 2), None
     use = _selection(module, layout, query, key, shift, scale)
     if shift is not None and shift.shape[1] > 1:
         shift = _take(shift, use.queries)
@@ -130,6 +163,26 @@ def attend(
     grouped = weights.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
     mixed = (grouped @ value).unflatten(2, (layout.group, -1)).flatten(1, 2)
     return mixed.transpose(1, 2), weights
+
+
+def require_all_seen(caller: nn.Module, all_seen: bool) -> None:
+    """Raise where a module that works on a share of the tokens is called so that queries see different ones.
+
+    Args:
+        caller: the module that calls the attention function.
+        all_seen: whether every query of a sample sees all of its tokens.
+
+    Raises:
+        UnsupportedModelError: the heads would choose tokens that some queries must not see.
+    """
+    layout = bound(caller)
+    budgeted = flow_of(caller) is not None or (layout is not None and layout.tokens is not None)
+    if budgeted and not all_seen:
+        raise UnsupportedModelError(
+            "prune-tokens on attention with an attn_mask, or to another sequence",
+            expected="self-attention in which every query sees every token that is no padding",
+            fix="leave the pass out: tokens are chosen for all queries of a sample",
+        )
 
 
 def plain(queries: int, kvs: int, head_dim: int) -> AttentionLayout:
@@ -167,7 +220,7 @@ def _selection(
             weights=[scoring.index(head) for head in layout.represented or layout.query],
         )
     if query.shape[2] == key.shape[2]:
-        seen = torch.ones_like(key[:1, 0, :, 0], dtype=torch.bool) if shift is None else shift[:, 0, -1] > _HIDDEN / 2
+        seen = torch.ones_like(key[:1, 0, :, 0], dtype=torch.bool) if shift is None else shift[:, 0, -1] > HIDDEN / 2
         found = membership(query, _take(key, _readers(layout)), seen, layout.online, scale)
         if not torch.compiler.is_compiling():
             # The tokens that follow find a cache of keys, but no more queries of the first tokens.
@@ -202,10 +255,18 @@ def _shift(
     return bias if shift is None else shift + bias
 
 
+def _within_windows(
+    layout: AttentionLayout, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, N, T, S), true where a head sees a key: the mask of all heads, and the windows of some."""
+    visible = visible_to_heads(layout, seen_keys(mask), query.shape[2], key.shape[2])
+    return visible if mask is None else visible & boolean(mask)
+
+
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, _HIDDEN)
-    return mask.to(dtype).clamp_min(_HIDDEN)
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, HIDDEN)
+    return mask.to(dtype).clamp_min(HIDDEN)
 
 
 def _readers(layout: AttentionLayout) -> list[int]:

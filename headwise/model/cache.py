@@ -17,10 +17,12 @@ class CacheTensor:
         name: ``key`` or ``value``; layers of another kind have names of their own.
         shape: of one token, the width last: (heads, width), or (width,) where the heads share it. All tokens of a batch
             are (batch, heads, tokens, width), or (batch, tokens, width).
+        longest: most tokens that it holds; None where it holds all.
     """
 
     name: str
     shape: tuple[int, ...]
+    longest: int | None = None
 
     @property
     def numbers(self) -> int:
@@ -45,8 +47,13 @@ class CacheLayout:
 
     @property
     def numbers(self) -> int:
-        """Numbers that all layers hold for one token."""
-        return sum(tensor.numbers for tensors in self.layers for tensor in tensors)
+        """Numbers that all layers hold for one token, in the tensors that hold all tokens."""
+        return sum(tensor.numbers for tensors in self.layers for tensor in tensors if tensor.longest is None)
+
+    @property
+    def bounded(self) -> int:
+        """Numbers that all layers hold at most in the tensors that hold some tokens only, however long the text is."""
+        return sum(t.numbers * t.longest for tensors in self.layers for t in tensors if t.longest is not None)
 
     def past(self) -> dict[str, CacheTensor]:
         """Graph input -> tensor, in the order of the layers."""

@@ -5,7 +5,7 @@ Shape letters: B batch, S tokens of the past, T tokens of a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from headwise.model.cache import PAST, PRESENT, CacheLayout
+from headwise.model.cache import PAST, PRESENT, CacheLayout, CacheTensor
 from headwise.model.forward import input_names
+from headwise.model.layout import Layout
 from headwise.model.view import ModelView
+from headwise.model.window_cache import StreamingLayer
+from headwise.model.windows import find_keys
 
 
 def why_no_cache(view: ModelView) -> str:
@@ -34,6 +37,8 @@ def why_no_cache(view: ModelView) -> str:
     online = [str(layer.index) for layer in view.attention if layer.layout.online]
     if online:
         return f"layers {', '.join(online)} form their clusters from the first tokens, which later calls do not see"
+    if all(layer.layout.streaming and 0 not in layer.layout.windows for layer in view.attention):
+        return "no head sees all tokens, so that no cache says how many there were"
     return ""
 
 
@@ -50,14 +55,20 @@ class SingleTensorLayer(DynamicLayer):
 
 
 def make_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> DynamicCache:
-    """The cache of transformers that holds these tensors; all layers keep all tokens, those with a window too.
+    """The cache of transformers that holds these tensors; layers that the checkpoint gave a window keep all tokens.
 
     Args:
-        layout: what the layers cache: up to two tensors each.
+        layout: what the layers cache: up to two tensors each, or two for every block of heads of a streaming layer.
         past: by the names of ``layout.past()``.
     """
     cache = DynamicCache()
     for index, tensors in enumerate(layout.layers):
+        if streams(tensors):
+            parts = [past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors]
+            windowed = tensors[0].longest is not None
+            blocks = list(zip(parts[::2], parts[1::2], strict=True))
+            cache.layers.append(StreamingLayer(blocks, windowed=windowed))
+            continue
         kind: Any = SingleTensorLayer if len(tensors) == 1 else DynamicLayer
         layer = kind()
         given = [past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors]
@@ -66,6 +77,19 @@ def make_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> Dynamic
             layer.keys, layer.values = given if len(given) == 2 else (given[0], None)
         cache.layers.append(layer)
     return cache
+
+
+def streams(tensors: Sequence[CacheTensor]) -> bool:
+    """Whether a layer that caches these tensors keeps some tokens only in some of them."""
+    return any(tensor.longest is not None for tensor in tensors)
+
+
+def cache_slots(tensors: Sequence[CacheTensor]) -> list[str]:
+    """Where the layer of ``make_cache`` keeps each tensor, as a path from the layer."""
+    if not streams(tensors):
+        return ["keys", "values"][: len(tensors)]
+    plain = [name for name, tensor in zip(("keys", "values"), tensors, strict=False) if tensor.longest is None]
+    return plain + [f"windows.{index}" for index in range(len(tensors) - len(plain))]
 
 
 def empty_past(layout: CacheLayout, rows: int) -> dict[str, torch.Tensor]:
@@ -78,10 +102,26 @@ def read_cache(layout: CacheLayout, cache: DynamicCache) -> dict[str, torch.Tens
     found: dict[str, torch.Tensor] = {}
     for index, tensors in enumerate(layout.layers):
         layer: Any = cache.layers[index]
-        found |= {
-            f"{PRESENT}.{index}.{tensor.name}": value
-            for tensor, value in zip(tensors, (layer.keys, layer.values), strict=False)
-        }
+        values = layer.tensors() if isinstance(layer, StreamingLayer) else (layer.keys, layer.values)
+        found |= {f"{PRESENT}.{index}.{tensor.name}": value for tensor, value in zip(tensors, values, strict=False)}
+    return found
+
+
+def held(layout: Layout, mask: NDArray[np.integer]) -> dict[str, NDArray[np.bool_]]:
+    """What a cache holds of heads with a window: (B, tokens), true where that is a token, by names of ``present()``.
+
+    Args:
+        layout: of the model.
+        mask: (B, S) 1 at tokens and 0 at padding, of everything read so far.
+    """
+    seen = torch.as_tensor(mask).bool()
+    found: dict[str, NDArray[np.bool_]] = {}
+    for index, layer in enumerate(layout.attention):
+        for tensor in layer.cached:
+            if tensor.longest is not None:
+                count = min(tensor.longest, mask.shape[1])
+                valid = find_keys(seen, layer.sink, count, count).valid
+                found[f"{PRESENT}.{index}.{tensor.name}"] = np.asarray(valid.numpy())
     return found
 
 

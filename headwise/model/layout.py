@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from headwise.model.cache import CacheLayout, CacheTensor
+from headwise.model.token_budget import TokenBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class AttentionLayout:
     In a latent layer (arXiv 2502.07864) keys and values of all heads are computed from a few numbers per token, the
     latent. A layer with an owner has no such numbers, keys or values of its own: it reads those of an earlier layer.
 
+    In a streaming layer (arXiv 2410.10819) the readers of some kv heads see the first tokens and the last ones only.
+
     Attributes:
         query: original ids of the query heads that are left.
         kv: original ids of the key/value heads that are left.
@@ -38,6 +42,10 @@ class AttentionLayout:
             runs the layer, whose queries are as they were. Without rotary keys beside the latent, rotary positions turn
             the keys that come from it.
         owner: the layer whose latent, or whose keys and values, this one reads; None where it has its own.
+        tokens: which tokens every head keeps (arXiv 2502.14504); None where queries meet the keys of all.
+        windows: for every kv head how many of the last tokens its readers see, their own included, and 0 where they
+            see all; empty where all heads see all. Heads of one window are neighbours, those that see all come first.
+        sink: first tokens of a text that heads with a window see as well.
     """
 
     query: tuple[int, ...]
@@ -50,6 +58,9 @@ class AttentionLayout:
     rotary_heads: int = 1
     unrotated: int = 0
     owner: int | None = None
+    tokens: TokenBudget | None = None
+    windows: tuple[int, ...] = ()
+    sink: int = 0
 
     @property
     def group(self) -> int:
@@ -62,9 +73,24 @@ class AttentionLayout:
         return bool(self.represented) or self.online > 0
 
     @property
+    def custom(self) -> bool:
+        """Whether only headwise's attention function computes what the layer does."""
+        return self.clustered or self.streaming or self.tokens is not None
+
+    @property
     def compressed(self) -> bool:
         """Whether keys and values come from a latent, or from another layer."""
         return self.latent > 0 or self.owner is not None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether some heads see the first tokens and the last ones only."""
+        return bool(self.windows)
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """(window, kv heads) of neighbours with the same window, in storage order."""
+        return tuple((window, len(list(heads))) for window, heads in groupby(self.windows or (0,) * len(self.kv)))
 
     @property
     def scoring(self) -> tuple[int, ...]:
@@ -96,6 +122,16 @@ class AttentionLayout:
             shape = (self.rotary_heads, self.rotary // self.rotary_heads)
             rotary = CacheTensor(name="rotary_key", shape=shape)
             return (latent, rotary) if self.rotary else (latent,)
+        if self.streaming:
+            return tuple(
+                CacheTensor(
+                    name=f"window{window}_{name}" if window else name,
+                    shape=(heads, self.head_dim),
+                    longest=self.sink + window if window else None,
+                )
+                for window, heads in self.blocks
+                for name in ("key", "value")
+            )
         return (
             CacheTensor(name="key", shape=(len(self.keyed), self.head_dim)),
             CacheTensor(name="value", shape=(len(self.kv), self.head_dim)),
@@ -103,10 +139,10 @@ class AttentionLayout:
 
     @property
     def kv_width(self) -> int:
-        """Numbers per token from which this layer has its keys and values."""
+        """Numbers per token from which this layer has its keys and values, without those of heads with a window."""
         if self.compressed:
             return self.latent + self.rotary if self.owner is None else 0
-        return sum(tensor.numbers for tensor in self.cached)
+        return sum(tensor.numbers for tensor in self.cached if tensor.longest is None)
 
     def units(self) -> tuple[tuple[int, ...], ...]:
         """The smallest sets of query heads that can go: single heads (MHA) or all readers of a kv head (GQA)."""
@@ -129,7 +165,10 @@ class AttentionLayout:
         names = ("latent", "rotary", "rotary_heads", "unrotated")
         latent = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
         owner = {} if self.owner is None else {"owner": self.owner}
-        return data | represented | ({"online": self.online} if self.online else {}) | latent | owner
+        windows = {"windows": list(self.windows), "sink": self.sink} if self.windows else {}
+        tokens = {} if self.tokens is None else {"tokens": self.tokens.to_json()}
+        online = {"online": self.online} if self.online else {}
+        return data | represented | online | latent | owner | windows | tokens
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
@@ -144,6 +183,9 @@ class AttentionLayout:
             rotary_heads=int(data.get("rotary_heads", 1)),
             unrotated=int(data.get("unrotated", 0)),
             owner=data.get("owner"),
+            tokens=TokenBudget.from_json(data["tokens"]) if "tokens" in data else None,
+            windows=tuple(data.get("windows", ())),
+            sink=int(data.get("sink", 0)),
         )
 
 
@@ -224,6 +266,6 @@ class Layout:
 
 
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
-    """Whether all attention layers have the same head counts and widths, and every head its own weights."""
+    """Whether all layers have the same head counts and widths, and every head its own weights, on all tokens."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
-    return len(shapes) <= 1 and not any(layer.clustered or layer.compressed for layer in layers)
+    return len(shapes) <= 1 and not any(layer.custom or layer.compressed for layer in layers)

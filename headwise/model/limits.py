@@ -16,7 +16,7 @@ def limits(view: ModelView) -> tuple[str, ...]:
     """One sentence per limit, with the layers that it holds for where that is not all of them."""
     layers: dict[str, list[int]] = {}
     for layer in view.attention:
-        for text in (*_refused(layer), *_sharing(layer), *_attention(layer)):
+        for text in (*_refused(layer), *_sharing(layer), *_tokens(layer), *_attention(layer)):
             layers.setdefault(text, []).append(layer.index)
     found = [
         text if len(where) == len(view.attention) else f"{text} (layers {', '.join(map(str, where))})"
@@ -34,6 +34,21 @@ def _refused(layer: AttentionView) -> Iterator[str]:
     """Passes that would not be right here."""
     for name, reason in layer.family.refuses.items():
         yield f"{name}: refused, because {reason}"
+    reason = why_not_streaming(layer)
+    if reason:
+        yield f"stream-heads: refused, because {reason}"
+
+
+def why_not_streaming(layer: AttentionView) -> str:
+    """Why no head of a layer can be given a window, as a clause behind "because"; empty where one can."""
+    family = layer.family
+    if not family.causal or family.decoder:
+        return "only decoders without an encoder keep caches that windows would bound"
+    if family.window and attribute(layer.module, family.window) is not None:
+        return "its heads see the last tokens only already"
+    if family.soft_cap and attribute(layer.module, family.soft_cap) is not None:
+        return "its scores are capped, which needs the weights of all tokens"
+    return ""
 
 
 def _sharing(layer: AttentionView) -> Iterator[str]:
@@ -59,6 +74,12 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
             "share-kv: the class knows no shared kv heads; with them it runs under sdpa attention, not under eager, "
             "and loads through headwise only"
         )
+
+
+def _tokens(layer: AttentionView) -> Iterator[str]:
+    """What cannot be done to the tokens that a layer attends to."""
+    if layer.family.causal:
+        yield "prune-tokens: refused, because tokens are chosen for all queries, and here these see earlier ones only"
 
 
 def _attention(layer: AttentionView) -> Iterator[str]:

@@ -10,13 +10,25 @@ from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.prune import Prune
 from headwise.passes.prune_heads import PruneHeads
 from headwise.passes.prune_mlp import PruneMlp
+from headwise.passes.prune_tokens import PruneTokens
 from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 from headwise.passes.share_layers import ShareLayersPass
+from headwise.passes.stream_heads import StreamHeadsPass
 
 PASSES: Mapping[str, type[Pass]] = {
     cls.name: cls
-    for cls in (PruneHeads, PruneMlp, Prune, ShareKVHeads, ClusterHeadsPass, LatentKVPass, ShareLayersPass)
+    for cls in (
+        PruneHeads,
+        PruneMlp,
+        Prune,
+        ShareKVHeads,
+        ClusterHeadsPass,
+        LatentKVPass,
+        ShareLayersPass,
+        PruneTokens,
+        StreamHeadsPass,
+    )
 }
 """Passes that edit the model: name in a recipe -> pass."""
 

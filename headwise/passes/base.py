@@ -7,11 +7,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
 from headwise.calibration.stats import HeadStats, Stat, collect
+from headwise.calibration.streaming import Span
 from headwise.calibration.tasks import Examples, Task
 from headwise.calibration.timing import LatencyTable
 from headwise.errors import PlanError
@@ -57,6 +58,20 @@ class Pass(Spec):
         """
         del view
         return {}
+
+    def span(self, view: ModelView) -> Span | None:
+        """What heads see that stream, where ``needs`` asks for a statistic of that.
+
+        Raises:
+            PlanError: no head of the model can stream.
+        """
+        del view
+        return None
+
+    def for_layers(self, count: int) -> Self:
+        """The same pass for the first attention layers of the model: options with an entry per layer are cut."""
+        lists = {name: value for name, value in self if isinstance(value, tuple) and len(value) > count}
+        return self.model_copy(update={name: value[:count] for name, value in lists.items()})
 
     @abstractmethod
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
@@ -145,7 +160,8 @@ def make_plan(
     needs = pass_.needs() | (recovery.means() if recovery is not None else set())
     report = None if progress is None else partial(progress, "statistics")
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "sequence": sequence, "progress": report}
-    stats = replace(collect(view, task, examples, needs, pairs=pass_.pairs(view), **options), latency=latency)
+    collected = collect(view, task, examples, needs, pairs=pass_.pairs(view), span=pass_.span(view), **options)
+    stats = replace(collected, latency=latency)
     plan = pass_.plan(view, stats)
     plan.check(view.layout)
     return plan, stats

@@ -46,6 +46,9 @@ class LatentKVPass(Pass):
     budget: float | None = Field(default=None, gt=0, lt=1)
     """Instead of rank: latents of all layers together have this share of the numbers that keys and values have, spread
     to where one more number gains most."""
+    round_to: int = Field(default=1, ge=1)
+    """Ranks by energy or budget are multiples of this, at sizes that kernels like; 8 is a good choice. A layer whose
+    largest useful rank is no multiple may keep that."""
     method: Literal["outputs", "weights"] = "outputs"
     """What the latent keeps: the principal components of keys and values on calibration data, or of their weights."""
     weighted: bool = True
@@ -81,6 +84,8 @@ class LatentKVPass(Pass):
     def _one_size(self) -> LatentKVPass:
         if sum(given is not None for given in (self.rank, self.energy, self.budget)) != 1:
             raise ValueError("give one of rank, energy and budget")
+        if self.rank is not None and self.round_to > 1:
+            raise ValueError("rank says the numbers themselves, round_to is for energy and budget")
         if self.route == "rebuild" and self.rotary is not None:
             raise ValueError("route: rebuild has no rotary keys beside the latent")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
@@ -167,16 +172,17 @@ class LatentKVPass(Pass):
         """Numbers per latent; ``rotary`` numbers of all layers are taken already."""
         full = [problem.full for problem in problems]
         if self.energy is not None:
-            return [min(p.latent.rank_for(self.energy), limit) for p, limit in zip(problems, full, strict=True)]
+            found = [p.latent.rank_for(self.energy) for p in problems]
+            return [min(-(-r // self.round_to) * self.round_to, limit) for r, limit in zip(found, full, strict=True)]
         if self.budget is not None:
             numbers = round(self.budget * sum(layer.kv_width for layer in view.layout.attention)) - rotary
-            if numbers < len(problems):
+            if numbers < sum(min(self.round_to, limit) for limit in full):
                 raise PlanError(
                     f"budget {self.budget} leaves {numbers} numbers per token for {len(problems)} latents",
-                    expected="at least one in every layer",
-                    fix="raise the budget, or lower rotary",
+                    expected="at least one in every layer" if self.round_to == 1 else f"{self.round_to} in every layer",
+                    fix="raise the budget, or lower rotary" + ("" if self.round_to == 1 else " or round_to"),
                 )
-            return spread_rank([problem.latent.energy for problem in problems], numbers, full)
+            return spread_rank([problem.latent.energy for problem in problems], numbers, full, self.round_to)
         return [min(rank, limit) for rank, limit in zip(self._wanted(len(problems)), full, strict=True)]
 
     def _wanted(self, layers: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -61,6 +61,10 @@ class ShareLayersPass(Pass):
 
     def recovery(self) -> Recovery:
         return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+
+    def for_layers(self, count: int) -> Self:
+        left = [tuple(layer for layer in group if layer < count) for group in self.groups or ()]
+        return self.model_copy(update={"groups": tuple(group for group in left if len(group) > 1) or None})
 
     def pairs(self, view: ModelView) -> Mapping[int, int]:
         return {layer: group[0] for group in self._groups(view) for layer in group[1:]}

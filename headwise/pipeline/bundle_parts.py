@@ -96,6 +96,12 @@ def find_parts(folder: Path, report: Report) -> Parts:
 
 def _require_passed(report: Report) -> None:
     """``not-run`` is a run whose engines could not be run where it was made."""
+    if report.get("tiny"):
+        raise GateError(
+            "this is a tiny run, whose weights are random",
+            expected="a run of the whole model",
+            fix="run headwise compress without --tiny",
+        )
     before = [stage for stage in report["stages"] if stage["kind"] != "engine"]
     complete = all(stage["status"] in (*_USED, "rolled-back") for stage in before)
     if report["outcome"] not in ("pass", "warn", "not-run") or not complete:

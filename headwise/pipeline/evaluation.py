@@ -13,6 +13,7 @@ from rich.text import Text
 from headwise.calibration.tasks import make_task
 from headwise.errors import DataError
 from headwise.export.runners import EngineRunner, OrtRunner, Runner, TorchRunner
+from headwise.export.variants import ENGINES
 from headwise.gates.judge import Outcome, judge_all
 from headwise.gates.measure import Measurement, Predictions, measure, predict
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
@@ -21,8 +22,6 @@ from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import Recipe, load_recipe
 from headwise.pipeline.report import read_report
 from headwise.pipeline.workspace import Workspace
-
-ENGINES = {".engine", ".plan", ".trt"}
 
 
 def evaluate_artifact(

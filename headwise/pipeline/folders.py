@@ -7,7 +7,7 @@ from pathlib import Path
 from headwise.errors import DataError
 from headwise.export.targets import CPU
 from headwise.pipeline.graphs import GRAPH, MODEL
-from headwise.pipeline.report import REPORT
+from headwise.pipeline.report import REPORT, read_report
 from headwise.pipeline.summary import Report, Stage
 
 _USED = ("passed", "warned")
@@ -50,6 +50,48 @@ def runnable_graph(folder: Path, report: Report) -> Path:
         expected="a run that got as far as the ONNX graph",
         fix="run headwise compress to its end, or name a file model.onnx",
     )
+
+
+def bench_graph(folder: Path, report: Report, provider: str) -> Path:
+    """The graph of a run to time on a provider: for a GPU the last one that was written for it, see ``runnable_graph``.
+
+    Raises:
+        DataError: no graph passed its gate.
+    """
+    kinds = {"cpu": (), "cuda": ("precision", "onnx"), "tensorrt": ("quantize", "precision", "onnx")}[provider]
+    for kind in kinds:
+        for stage in _used(report):
+            if stage["kind"] == kind and (folder / stage["folder"] / GRAPH).exists():
+                return folder / str(stage["folder"]) / GRAPH
+    return runnable_graph(folder, report)
+
+
+def dense_graph(folder: Path, report: Report) -> Path:
+    """The untouched model's fp32 graph.
+
+    Raises:
+        DataError: the run did not get as far.
+    """
+    path = folder / str(report["stages"][0]["folder"]) / GRAPH
+    if not path.exists():
+        raise DataError(
+            f"{folder} holds no graph of the untouched model",
+            expected="a run whose first stage has ended",
+            fix="run headwise compress to its end",
+        )
+    return path
+
+
+def usual_tokens(path: Path) -> int | None:
+    """Tokens that the run around a graph counts costs for; None where it is in no run, or its inputs have no tokens."""
+    folder = path.resolve().parent.parent
+    if not is_run(folder):
+        return None
+    for stage in read_report(folder)["stages"]:
+        tokens = ((stage.get("cost") or {}).get("latency") or {}).get("tokens")
+        if tokens:
+            return int(tokens)
+    return None
 
 
 def stage_with_cache(report: Report) -> Stage | None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from headwise.calibration.shapes import cost_row
+from headwise.export.graph import graph_inputs
+from headwise.export.ports import first_call
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
-from headwise.gates.judge import Verdict, judge_all, not_run
+from headwise.gates.judge import Verdict, judge, judge_all, not_run
 from headwise.gates.measure import (
     SAMPLES,
     Measurement,
@@ -21,12 +23,16 @@ from headwise.gates.measure import (
     save_measurements,
 )
 from headwise.gates.model_cost import model_cost
+from headwise.gates.slowness import Sizes, operator_times, why_not_faster
+from headwise.gates.speed import Speedup, speed_not_run
 from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
+from headwise.pipeline.speeds import deployed, is_smaller, judge_stage
 from headwise.pipeline.store import Store, versions
+from headwise.pipeline.tiny import NOT_JUDGED, judge_structure
 from headwise.pipeline.workspace import Workspace
 
 Cost = Callable[[], dict[str, Any]]
@@ -102,7 +108,8 @@ class Gatekeeper:
         """Whether the stage's result is used; raises ``Stopped`` when a gate, this one or ``others``, ends the run."""
         self.monitor.work("gate", 0)
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
-        verdicts = [*judge_all(measurements, gate, entry.name), *others]
+        one = judge_structure if self.workspace.tiny else judge
+        verdicts = [*judge_all(measurements, gate, entry.name, one), *others, *self._judge_speed(entry)]
         return self.results.decide(entry, verdicts, gate, can_roll_back=can_roll_back)
 
     def could_not_run(self, entry: StageEntry, reason: str, others: Sequence[Verdict] = ()) -> None:
@@ -113,28 +120,55 @@ class Gatekeeper:
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
         known = measure(self.workspace.task, self.workspace.examples, self.reference, self.reference)
         verdicts = [not_run(found, gate, entry.name, reason) for found in known if gate.judges(found)]
-        self.results.decide(entry, [*verdicts, *others], gate, can_roll_back=False)
+        self.results.decide(entry, [*verdicts, *others, *self._judge_speed(entry)], gate, can_roll_back=False)
 
-    def latency(self, dense: Path, path: Path) -> dict[str, Any]:
-        """Median latency beside the untouched model's fp32 graph, in one interleaved run on one thread."""
+    def _judge_speed(self, entry: StageEntry) -> list[Verdict]:
+        recipe = self.workspace.recipe
+        stage = {"name": entry.name, "kind": entry.kind, "cost": entry.cost}
+        verdicts = judge_stage(stage, recipe.gate, deployed(recipe.stage_names()))
+        return [speed_not_run(v.limit, v.stage, NOT_JUDGED) for v in verdicts] if self.workspace.tiny else verdicts
+
+    def latency(self, dense: Path, path: Path, costs: tuple[Mapping[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
+        """Latency beside the untouched model's fp32 graph, in one interleaved run on one thread, with all times.
+
+        Args:
+            dense: the untouched model's graph.
+            path: what is timed.
+            costs: of both graphs; where the second one is smaller but not faster, the likely reason is looked for.
+        """
         self.monitor.work("latency", 0)
+        row = self.cost_row()
         with ExitStack() as stack:
             runners = {
                 label: stack.enter_context(OrtRunner(graph, threads=1))
                 for label, graph in (("reference", dense), ("value", path))
             }
-            found = latency(runners, self.cost_row())
+            found = latency(runners, row)
         value, reference = found["value"], found["reference"]
+        times = {label: [round(ms, 5) for ms in one.times_ms] for label, one in found.items()}
+        before, after = costs
+        why = ""
+        if is_smaller(before, after) and not Speedup.of(times["reference"], times["value"]).faster:
+            profiles = [operator_times(graph, first_call(row, graph_inputs(graph))) for graph in (dense, path)]
+            why = why_not_faster(Sizes.of(dense, before), Sizes.of(path, after), *profiles)
         return {
             "median_ms": value.median_ms,
             "p90_ms": value.p90_ms,
             "reference_ms": reference.median_ms,
-            "ratio": value.median_ms / reference.median_ms,
             "device": value.device,
             "method": value.method,
             "rounds": value.rounds,
             "threads": value.threads,
+            "tokens": self._tokens(row),
+            "times_ms": times,
+            "why": why,
         }
+
+    def _tokens(self, row: Mapping[str, Any]) -> int | None:
+        """Tokens of that row; None where its inputs have none."""
+        axes = self.workspace.examples.dynamic_axes()
+        sizes = [row[name].shape[axis] for name, varying in axes.items() for axis in varying if axis > 0]
+        return int(sizes[0]) if sizes else None
 
     def compare(self, graphs: Mapping[Form, Path]) -> dict[Form, float]:
         """Median latencies in ms of several graphs, in one interleaved run on one thread."""

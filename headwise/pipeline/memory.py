@@ -13,7 +13,7 @@ from rich.text import Text
 
 from headwise.errors import DataError
 from headwise.export.precision import Precision
-from headwise.gates.model_cost import kv_bytes_per_token
+from headwise.gates.model_cost import kv_bytes_per_token, kv_bytes_windows
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.folders import is_run, last_pass, stage_with_cache
 from headwise.pipeline.report import read_report
@@ -71,31 +71,36 @@ class _Sizes:
 
     Attributes:
         parameters: numbers in its weights.
-        cached: numbers in its cache for one token.
+        cached: numbers in its cache for one token, without heads that stream.
+        windows: numbers in its cache of heads that stream, at most.
         codes: formats of the cache where it holds codes, and bytes of one token in it.
     """
 
     parameters: int
     cached: int
+    windows: int = 0
     codes: tuple[str, int] | None = None
 
 
 def _costs(sizes: _Sizes, memory: int | None, width: int, batch: int) -> dict[str, Any]:
     weights = sizes.parameters * width
     kind, token = sizes.codes or (None, sizes.cached * width)
-    context = None if memory is None or not token else max(0, memory - weights) // (batch * token)
+    windows = sizes.windows * width
+    left = None if memory is None else max(0, memory - weights - batch * windows)
     return {
         "parameters": sizes.parameters,
         "weight_bytes": weights,
         "kv_bytes_per_token": token,
+        "kv_bytes_windows": windows,
         "kv_format": kind,
-        "context": context,
+        "context": None if left is None or not token else left // (batch * token),
     }
 
 
 def _of_checkpoint(source: str) -> _Sizes:
     view = load_checkpoint(source).view()
-    return _Sizes(parameters=sum(p.numel() for p in view.module.parameters()), cached=kv_bytes_per_token(view) // 2)
+    parameters = sum(p.numel() for p in view.module.parameters())
+    return _Sizes(parameters=parameters, cached=kv_bytes_per_token(view) // 2, windows=kv_bytes_windows(view) // 2)
 
 
 def _of_run(folder: Path) -> dict[str, _Sizes]:
@@ -111,8 +116,9 @@ def _of_run(folder: Path) -> dict[str, _Sizes]:
 def _of_stage(stage: Stage) -> _Sizes:
     cost = stage["cost"]
     try:
-        # Reports count a cache of numbers in float16.
-        return _Sizes(parameters=int(cost["parameters"]), cached=int(cost["kv_bytes_per_token"]) // 2)
+        # Reports count a cache of numbers in float16; those of version 0.1.0 know no windows.
+        parameters, cached = int(cost["parameters"]), int(cost["kv_bytes_per_token"]) // 2
+        return _Sizes(parameters=parameters, cached=cached, windows=int(cost.get("kv_bytes_windows", 0)) // 2)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
@@ -129,6 +135,9 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
     table.add_row("parameters", *(f"{model['parameters']:,}" for model in columns))
     table.add_row(f"weights ({precision})", *(_readable(model["weight_bytes"]) for model in columns))
     table.add_row(f"cache per token ({precision})", *map(_cache, columns))
+    if any(model["kv_bytes_windows"] for model in columns):
+        bounded = (_readable(model["kv_bytes_windows"]) for model in columns)
+        table.add_row(f"cache of streaming heads, at most ({precision})", *bounded)
     if found["memory_bytes"] is not None:
         rows = "" if found["batch"] == 1 else f", {found['batch']} texts"
         label = f"tokens in {_readable(found['memory_bytes'])}{rows}"

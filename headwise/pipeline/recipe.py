@@ -20,6 +20,7 @@ from headwise.passes import STEPS
 from headwise.passes.base import Pass
 from headwise.passes.quantize import Quantize
 from headwise.pipeline.explain import explain
+from headwise.pipeline.speeds import refuse_untimed
 from headwise.spec import Spec
 
 KINDS = ("baseline", "pass", "onnx", "precision", "quantize", "engine")
@@ -127,6 +128,7 @@ class Recipe(Spec):
                     expected=f"a stage ({', '.join(names)}) or a kind ({', '.join(KINDS)})",
                     fix=did_you_mean(name, known),
                 )
+        refuse_untimed(self.gate, dict(stages))
         return self
 
     @property

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from headwise.artifacts import Miss, reopen
-from headwise.errors import StorageError
+from headwise.errors import DataError, StorageError
 from headwise.gates.judge import GateSpec, Outcome, Verdict, judge_all
 from headwise.gates.measure import SAMPLES, Measurement, load_measurements
+from headwise.gates.speed import GATE as SPEED
 from headwise.pipeline.baseline import Accepted, AcceptedStage, Baseline, drop
 from headwise.pipeline.report import read_report
+from headwise.pipeline.speeds import deployed, judge_stage
 from headwise.pipeline.summary import Stage
 
 _MADE = frozenset({"passed", "warned", "failed"})
@@ -103,13 +105,23 @@ def compare(folder: Path, baseline: Baseline) -> Comparison:
         StorageError: results are missing or damaged.
     """
     report = read_report(folder)
+    if report.get("tiny"):
+        raise DataError(
+            f"{folder} is a tiny run, whose accuracy means nothing",
+            expected="a run of the whole model",
+            fix="run headwise compress without --tiny; a tiny run is judged by its own exit code",
+        )
     found: list[Finding] = []
     accepted = {stage.name: stage for stage in baseline.stages}
     if baseline.samples != report["data"]["task"]["digest"]:
         reason = "judged on other samples than the baseline; where that is meant, accept it with --update"
         found.append(_whole_stage("samples", Outcome.FAIL, reason))
+    named = deployed((stage["name"], stage["kind"]) for stage in report["stages"])
     for stage in report["stages"]:
         found += _stage_findings(folder, stage, accepted.get(stage["name"]), baseline.gate)
+        if stage["status"] in _MADE or stage["status"] == "not-run":
+            limits = baseline.gate.for_stage(stage["name"], stage["kind"])
+            found += [_other(verdict, limits) for verdict in judge_stage(stage, baseline.gate, named)]
     names = {stage["name"] for stage in report["stages"]}
     for name in accepted:
         if name not in names:
@@ -151,11 +163,18 @@ def _stage_findings(folder: Path, stage: Stage, was: AcceptedStage | None, gate:
         yield _whole_stage(name, Outcome.FAIL, f"{status}: {stage['reason'] or 'the run ended before it'}")
     for verdict in map(Verdict.from_json, stage["verdicts"]):
         # Not about samples, so that there is nothing to judge again.
-        if verdict.gate != "accuracy":
-            tolerated = limits.on_fail == "warn"
-            yield Finding(
-                stage=name, output=verdict.output, metric=verdict.metric, verdict=verdict, tolerated=tolerated
-            )
+        if verdict.gate not in ("accuracy", SPEED):
+            yield _other(verdict, limits)
+
+
+def _other(verdict: Verdict, limits: GateSpec) -> Finding:
+    return Finding(
+        stage=verdict.stage,
+        output=verdict.output,
+        metric=verdict.metric,
+        verdict=verdict,
+        tolerated=limits.on_fail == "warn",
+    )
 
 
 def _judged(folder: Path, stage: Stage, before: dict[tuple[str, str], Accepted], limits: GateSpec) -> Iterator[Finding]:

@@ -12,12 +12,14 @@ import yaml
 
 from headwise.errors import HeadwiseError, RecipeError
 from headwise.model.checkpoint import load_checkpoint
+from headwise.model.tiny import tiny_checkpoint
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import Recipe, is_cpu, load_recipe
 from headwise.pipeline.report import write_report
 from headwise.pipeline.results import Results, Stopped
 from headwise.pipeline.stages import Stages, check_targets
 from headwise.pipeline.store import Store
+from headwise.pipeline.tiny import CHECKPOINT, FOLDER, shrink
 from headwise.pipeline.workspace import Workspace
 
 
@@ -49,6 +51,7 @@ def compress(
     overrides: Sequence[str] = (),
     resume: bool = True,
     require_engine_run: bool = False,
+    tiny: bool = False,
     monitor: Monitor | None = None,
 ) -> Run:
     """Compress a checkpoint as a recipe says, and judge every stage against the untouched model.
@@ -60,6 +63,8 @@ def compress(
         overrides: ``key.path=value`` changes to the recipe.
         resume: reuse finished stages whose inputs have not changed.
         require_engine_run: end with exit code 4 when an engine could not be run on this machine.
+        tiny: run the recipe on a model of the checkpoint's architecture with two layers and random weights, with few
+            samples, into ``out/tiny``: every stage has to work, accuracy is not judged. See docs/ci.md.
         monitor: receives progress.
 
     Returns:
@@ -68,7 +73,7 @@ def compress(
     Raises:
         HeadwiseError: the recipe, the checkpoint or the data cannot be used, so that no stage began.
     """
-    folder = Path(out)
+    folder = Path(out) / FOLDER if tiny else Path(out)
     watcher: Monitor = monitor or Silent()
     start = time.perf_counter()
     try:
@@ -80,10 +85,10 @@ def compress(
                 expected="at least one target whose engine can be run",
                 fix="add targets: [sm86] to the recipe, or do not require it",
             )
-        workspace = _workspace(checkpoint, resolved)
+        workspace = _tiny(checkpoint, resolved, folder) if tiny else _workspace(checkpoint, resolved)
         results = Results(workspace, folder, watcher, require_engine_run=require_engine_run)
         stages = Stages(workspace, results, Store(folder, watcher, resume=resume), watcher)
-        _run_stages(resolved, stages, results)
+        _run_stages(workspace.recipe, stages, results)
         watcher.start("report")
         report = results.report(time.perf_counter() - start)
         write_report(report, folder)
@@ -122,6 +127,12 @@ def _workspace(checkpoint: str | Path, recipe: Recipe) -> Workspace:
     loaded = load_checkpoint(checkpoint)
     loaded.copy().view()
     return Workspace(loaded, recipe)
+
+
+def _tiny(checkpoint: str | Path, recipe: Recipe, folder: Path) -> Workspace:
+    """The same for a small model of the checkpoint's architecture, which is written to ``folder``."""
+    small = tiny_checkpoint(checkpoint, folder / CHECKPOINT)
+    return Workspace(small, shrink(recipe, len(small.copy().view().attention)), tiny=True)
 
 
 def _run_stages(recipe: Recipe, stages: Stages, results: Results) -> None:

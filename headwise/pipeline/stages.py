@@ -29,6 +29,7 @@ from headwise.pipeline.quantizing import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.shapes import sequence_limit
+from headwise.pipeline.speeds import in_words
 from headwise.pipeline.store import Make, Store, installed_version, versions
 from headwise.pipeline.timing import StoredTable, Timing
 from headwise.pipeline.workspace import Workspace
@@ -246,13 +247,17 @@ class Stages:
             reason = "ONNX Runtime has no bf16 kernels for the CPU; the gate of the engine judges this graph"
             self.gatekeeper.could_not_run(entry, reason)
             return True
+        costs = (self.results.stages[0].cost, entry.cost)
+
+        def measure_cost() -> dict[str, Any]:
+            return {"latency": self.gatekeeper.latency(graph.dense, graph.path, costs)} if timed else {}
+
         measurements = self.gatekeeper.measure(
-            entry,
-            artifact.digest,
-            lambda: OrtRunner(graph.path),
-            "onnxruntime",
-            cost=lambda: {"latency": self.gatekeeper.latency(graph.dense, graph.path)} if timed else {},
+            entry, artifact.digest, lambda: OrtRunner(graph.path), "onnxruntime", cost=measure_cost
         )
+        if timed:
+            gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
+            entry.cost["latency"] = entry.cost["latency"] | in_words(entry.cost["latency"], *costs, gate.confidence)
         return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
 
     def _latency_table(self, entry: StageEntry, model: StoredModel) -> StoredTable:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headwise.gates.speed import GATE as SPEED
+
 Report = Mapping[str, Any]
 Stage = Mapping[str, Any]
 
@@ -19,6 +21,7 @@ COSTS = {
     "macs": "MACs",
     "attention_macs": "Attention MACs",
     "kv_bytes_per_token": "KV per token",
+    "kv_bytes_windows": "KV of windows",
     "file_bytes": "Size",
     "latency": "Latency",
 }
@@ -28,7 +31,7 @@ GOES_ON = frozenset({"warned", "rolled-back"})
 """Statuses of a stage whose gate said no, after which the recipe says to carry on (``on_fail``)."""
 ENGINE_HEADINGS = ("Target", "Runtime", "Size", "Build", "Layers", "Fused attention", "GEMMs by type")
 
-_BYTES = frozenset({"kv_bytes_per_token", "file_bytes"})
+_BYTES = frozenset({"kv_bytes_per_token", "kv_bytes_windows", "file_bytes"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +80,8 @@ def _accuracy_row(stage: Stage, metric: Mapping[str, Any], verdict: Mapping[str,
     value = with_unit(metric.get("value"), unit)
     if verdict is None:
         return AccuracyRow(**row, value=value)
+    if verdict.get("gate") == SPEED:
+        return _speed_row(stage, verdict, row)
     drop = number(verdict.get("difference"), unit)
     interval = [number(end, unit) for end in verdict.get("interval") or (None, None)]
     if ABSENT not in interval:
@@ -85,6 +90,19 @@ def _accuracy_row(stage: Stage, metric: Mapping[str, Any], verdict: Mapping[str,
     reason = "" if outcome == "PASS" else verdict.get("reason") or ""
     limit = number(verdict.get("limit"), unit)
     return AccuracyRow(**row, value=value, drop=drop, limit=limit, verdict=outcome, reason=reason)
+
+
+def _speed_row(stage: Stage, verdict: Mapping[str, Any], row: Mapping[str, str]) -> AccuracyRow:
+    """A speedup is no drop: how many times faster, the interval of that, and the least that is wanted."""
+    speed = _speed(stage).get("speedup")
+    return AccuracyRow(
+        **row,
+        value=f"{speed['ratio']:.2f}×" if speed else ABSENT,
+        drop="[{:.2f}, {:.2f}]".format(*speed["interval"]) if speed else ABSENT,
+        limit=f"≥ {verdict['limit']:.2f}",
+        verdict=str(verdict["outcome"]),
+        reason="" if verdict["outcome"] == "PASS" else verdict["reason"],
+    )
 
 
 def cost_columns(report: Report) -> list[str]:
@@ -135,7 +153,16 @@ def amount(name: str, value: float) -> str:
 
 def notes(report: Report) -> list[str]:
     """What the numbers rest on: how latencies were measured, budgets spent, and how exact surgery and export were."""
-    return [f"Latency: {note}" for note in _latency_notes(report)] + list(_exactness_notes(report))
+    return [
+        *(f"Latency: {note}" for note in _latency_notes(report)),
+        *(f"{stage['name']}: {words}" for stage in report["stages"] if (words := _speed(stage).get("verdict"))),
+        *_exactness_notes(report),
+    ]
+
+
+def _speed(stage: Stage) -> Mapping[str, Any]:
+    """Latency and speedup of a stage; empty where it was not timed."""
+    return (stage.get("cost") or {}).get("latency") or {}
 
 
 def _exactness_notes(report: Report) -> Iterator[str]:

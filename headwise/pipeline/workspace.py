@@ -26,6 +26,7 @@ class Workspace:
         task: how to feed the model and read its outputs.
         examples: the samples that every gate judges on.
         data_digest: digest of these samples with their labels.
+        tiny: whether the model is a small one with random weights, whose accuracy means nothing.
         calibration_digest: digest of the calibration samples; empty without any.
 
     Raises:
@@ -33,8 +34,9 @@ class Workspace:
         RecipeError: the gate names outputs or metrics that the task does not have.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, *, tiny: bool = False) -> None:
         self.checkpoint = checkpoint
+        self.tiny = tiny
         self.recipe = recipe
         self.task: Task = make_task(recipe.task)
         self._refuse_unknown_limits()
