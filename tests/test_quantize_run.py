@@ -136,7 +136,7 @@ def test_a_target_that_cannot_is_refused_before_any_work(tmp_path: Path) -> None
     with pytest.raises(TargetError, match=r"target sm86 \(sm86\) cannot run fp8: fp8 begins with Ada"):
         check(folder / "checkpoint", folder / "recipe.yaml")
     recipe(folder, {"quantize": {"matrices": {"*.query": "nvfp4"}}}, targets=["sm89"])
-    with pytest.raises(TargetError, match=r"cannot run nvfp4-weights: fp4 begins with Blackwell"):
+    with pytest.raises(TargetError, match=r"cannot run nvfp4: fp4 begins with Blackwell"):
         check(folder / "checkpoint", folder / "recipe.yaml")
 
 
@@ -195,7 +195,7 @@ def test_a_format_that_onnxruntime_lacks_is_judged_decoded(tmp_path: Path) -> No
     stage = by_name(found)["quantize"]
     assert stage["status"] == "passed"
     schemes = [row["scheme"] for row in stage["record"]["matrices"]]
-    assert (schemes.count("mxfp8-weights"), schemes.count("nvfp4-weights")) == (8, 4)
+    assert (schemes.count("mxfp8-weights"), schemes.count("nvfp4")) == (8, 4)
     assert stage["cost"]["macs"] == by_name(found)["fp16"]["cost"]["macs"]
     files = {Path(file["path"]).name: file["bytes"] for file in stage["artifacts"]}
     assert stage["cost"]["file_bytes"] == files["model.onnx"] < files["decoded.onnx"]
