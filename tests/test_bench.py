@@ -119,6 +119,10 @@ def test_decoders_are_timed_with_the_prompt_and_with_one_token(tmp_path_factory:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "step, batch 1, 1 token, 9 in the cache" in shown
     assert "1 thread each; 5 rounds after 5 to warm up" in shown
+    for load, busy in ((0.1, False), (0.9, True), (None, False)):
+        console = Console(file=io.StringIO(), width=100)
+        console.print(bench_table({**report, "load": load}))
+        assert ("This machine was busy" in console.file.getvalue()) == busy  # type: ignore[attr-defined]
 
 
 class Fake:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -66,6 +67,7 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
     """
     watcher: Monitor = monitor or Silent()
     watcher.start("bench")
+    load = machine_load()
     found = _resolve(artifacts, options.provider)
     usual = min(filter(None, (usual_tokens(Path(path)) for _, path in found)), default=None)
     with ExitStack() as stack:
@@ -80,6 +82,7 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
         variants = [{**child.about, **child.ask("memory"), "artifact": child.label} for child in children]
     return {
         "device": device_name(),
+        "load": load,
         "provider": options.provider,
         "threads": options.threads,
         "rounds": options.rounds,
@@ -88,6 +91,11 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
         "variants": [{key: value for key, value in variant.items() if key != "inputs"} for variant in variants],
         "cases": cases,
     }
+
+
+def machine_load() -> float | None:
+    """Processes per core that want to run, over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
 
 
 def _resolve(artifacts: Sequence[str], provider: str) -> list[tuple[str, str]]:

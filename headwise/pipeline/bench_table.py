@@ -13,6 +13,12 @@ from rich.text import Text
 from headwise.pipeline.bench import case_words
 from headwise.pipeline.summary import ABSENT, amount
 
+_BUSY = 0.5
+_WARNING = (
+    "This machine was busy ({:.1f} processes per core before the start): long calls are interrupted more often than "
+    "short ones, which flatters whatever is faster. Measure again on an idle one."
+)
+
 
 def bench_table(found: Mapping[str, Any]) -> RenderableType:
     """Tables of times, one of memory, and in words how each compares with the first."""
@@ -34,7 +40,10 @@ def bench_table(found: Mapping[str, Any]) -> RenderableType:
         sizes = (variant[key] for key in ("bytes", "peak_bytes", "model_bytes"))
         cells = (ABSENT if size is None else amount("file_bytes", size) for size in sizes)
         memory.add_row(variant["artifact"], f"{variant['runtime']} {variant['version']}", *cells)
-    return Group(*parts, memory, Text(how(found), style="dim"))
+    parts += [memory, Text(how(found), style="dim")]
+    if (found["load"] or 0) > _BUSY:
+        parts.append(Text(_WARNING.format(found["load"]), style="yellow"))
+    return Group(*parts)
 
 
 def how(found: Mapping[str, Any]) -> str:
