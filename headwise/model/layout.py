@@ -44,6 +44,7 @@ class AttentionLayout:
         windows: for every kv head how many of the last tokens its readers see, their own included, and 0 where they
             see all; empty where all heads see all. Heads of one window are neighbours, those that see all come first.
         sink: first tokens of a text that heads with a window see as well.
+        bidirectional: heads with a window see as many of the next tokens as of the last ones (arXiv 2004.05150).
     """
 
     query: tuple[int, ...]
@@ -58,6 +59,7 @@ class AttentionLayout:
     owner: int | None = None
     windows: tuple[int, ...] = ()
     sink: int = 0
+    bidirectional: bool = False
 
     @property
     def group(self) -> int:
@@ -158,6 +160,7 @@ class AttentionLayout:
         latent = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
         owner = {} if self.owner is None else {"owner": self.owner}
         windows = {"windows": list(self.windows), "sink": self.sink} if self.windows else {}
+        windows |= {"bidirectional": True} if self.bidirectional else {}
         return data | represented | ({"online": self.online} if self.online else {}) | latent | owner | windows
 
     @classmethod
@@ -175,6 +178,7 @@ class AttentionLayout:
             owner=data.get("owner"),
             windows=tuple(data.get("windows", ())),
             sink=int(data.get("sink", 0)),
+            bidirectional=bool(data.get("bidirectional", False)),
         )
 
 

@@ -20,12 +20,14 @@ class StreamHeads:
         layer: index of the attention layer.
         windows: original id of a kv head -> how many of the last tokens its readers see, their own included.
         sink: first tokens of a text that they see as well.
+        bidirectional: whether they see as many of the next tokens.
     """
 
     type: ClassVar[str] = "stream-heads"
     layer: int
     windows: Mapping[int, int]
     sink: int
+    bidirectional: bool = False
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the heads are there, have keys of their own and see at least themselves."""
@@ -63,16 +65,19 @@ class StreamHeads:
             kv=tuple(kv),
             windows=tuple(self.windows.get(head, 0) for head in kv),
             sink=self.sink,
+            bidirectional=self.bidirectional,
         )
 
     def to_json(self) -> dict[str, Any]:
         windows = {str(head): window for head, window in self.windows.items()}
-        return {"type": self.type, "layer": self.layer, "windows": windows, "sink": self.sink}
+        both = {"bidirectional": True} if self.bidirectional else {}
+        return {"type": self.type, "layer": self.layer, "windows": windows, "sink": self.sink, **both}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamHeads:
         windows = {int(head): int(window) for head, window in data["windows"].items()}
-        return cls(layer=int(data["layer"]), windows=windows, sink=int(data["sink"]))
+        both = bool(data.get("bidirectional", False))
+        return cls(layer=int(data["layer"]), windows=windows, sink=int(data["sink"]), bidirectional=both)
 
 
 def refuse_streaming(layer: int, layout: AttentionLayout) -> None:

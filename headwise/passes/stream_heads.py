@@ -96,7 +96,8 @@ class StreamHeadsPass(Pass):
         for layer in view.attention:
             mine = {head: windows[layer.index, head] for head in layer.layout.kv if (layer.index, head) in windows}
             if mine:
-                edits.append(StreamHeads(layer=layer.index, windows=mine, sink=self.sink))
+                both = layer.family.bidirectional
+                edits.append(StreamHeads(layer=layer.index, windows=mine, sink=self.sink, bidirectional=both))
         notes = {layer.index: self._note(layer.index, scores) for layer in view.attention} if self._scored else {}
         return EditPlan(edits=tuple(edits), notes=notes)
 
