@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headwise.model.view import AttentionView
 from headwise.model.bands import Band
+from headwise.model.view import AttentionView
 from headwise.model.windows import visible_whole
 
 

@@ -1,16 +1,17 @@
 """Attention of an encoder in which some heads see a band and the first tokens (Longformer, arXiv 2004.05150).
 
-A query sees the keys fewer than ``window`` tokens away on either side, and the first ``sink`` tokens; these global tokens
-see all tokens themselves. Queries are cut into chunks of ``window`` tokens. A chunk meets the keys of itself and of its
-two neighbours, and those of the global tokens: work grows with the length of the input, not with its square. First
-tokens are the first columns of a batch, because encoders are padded behind their tokens.
+A query sees the keys fewer than ``window`` tokens away on either side, and the first ``sink`` tokens; these global
+tokens see all tokens themselves. Queries are cut into chunks of ``window`` tokens. A chunk meets the keys of itself and
+of its two neighbours, and those of the global tokens: work grows with the length of the input, not with its square.
+First tokens are the first columns of a batch, because encoders are padded behind their tokens.
 
-Shape letters: B batch, T tokens, H head_dim, N query heads, K kv heads; C = window queries and L = sink + 3 C keys of each
-of n chunks.
+Shape letters: B batch, T tokens, H head_dim, N query heads, K kv heads; C = window queries and L = sink + 3 C keys of
+each of n chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headwise.model.masks import seen_keys
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values."""
 
 
 class Band(NamedTuple):
@@ -84,7 +88,7 @@ _chunks: Any = WeakTensorKeyDictionary()
 def attend_in_band(
     module: nn.Module,
     band: Band,
-    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    heads: Heads,
     mask: torch.Tensor | None,
     **options: Any,
 ) -> torch.Tensor:
@@ -104,28 +108,35 @@ def attend_in_band(
     total, seen = query.shape[2], seen_keys(mask)
     if isinstance(total, int) and total <= band.sink + 3 * band.window:
         # Of a known length that is short, chunks would be more work than all scores.
-        shown = visible_in_band(seen, band, total)
-        found: torch.Tensor = sdpa_attention_forward(module, query, key, value, shown, **options)[0]
-        return found
+        return _mixed(module, heads, visible_in_band(seen, band, total), options)
     known = {} if mask is None else _chunks.setdefault(mask, {})
     if band not in known:
         known[band] = cut(seen, band, total)
     chunks, size = known[band], band.sink + 3 * band.window
-    parts = [_chunked(part, chunks.keys, size) for part in (key, value)]
+    parts = (
+        _chunked(query, chunks.queries, band.window),
+        _chunked(key, chunks.keys, size),
+        _chunked(value, chunks.keys, size),
+    )
     shown = chunks.visible.expand(query.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
-    mixed = sdpa_attention_forward(
-        module, _chunked(query, chunks.queries, band.window), *parts, shown, **options
-    )[0]
-    mixed = mixed.unflatten(0, (query.shape[0], -1)).flatten(1, 2)
+    mixed = _mixed(module, parts, shown, options).unflatten(0, (query.shape[0], -1)).flatten(1, 2)
     if not band.sink:
-        return mixed[:, :total]
+        cropped: torch.Tensor = mixed[:, :total]
+        return cropped
     column, first = torch.arange(total), torch.arange(band.sink).clamp(max=total - 1)
     every = None if seen is None else seen[:, None, None] | (column == first[:, None])
-    whole = sdpa_attention_forward(module, query.index_select(2, first), key, value, every, **options)[0]
+    whole = _mixed(module, (query.index_select(2, first), key, value), every, options)
     place = torch.where(column < band.sink, column, column + band.sink)
     return torch.cat([whole, mixed], dim=1).index_select(1, place)
 
 
+def _mixed(module: nn.Module, heads: Heads, mask: torch.Tensor | None, options: Mapping[str, Any]) -> torch.Tensor:
+    """(B, T, N, H) by the attention function of transformers."""
+    found: torch.Tensor = sdpa_attention_forward(module, *heads, mask, **options)[0]
+    return found
+
+
 def _chunked(heads: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
     """(B, heads, T, H) as (B * n, heads, size, H)."""
-    return heads.index_select(2, columns).unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+    chunks: torch.Tensor = heads.index_select(2, columns).unflatten(2, (-1, size))
+    return chunks.transpose(1, 2).flatten(0, 1)

@@ -152,9 +152,7 @@ def attend_in_blocks(
     return torch.cat(mixed, dim=2)
 
 
-def visible_whole(
-    seen: torch.Tensor | None, band: Band, new: int, total: int, bidirectional: bool
-) -> torch.Tensor:
+def visible_whole(seen: torch.Tensor | None, band: Band, new: int, total: int, bidirectional: bool) -> torch.Tensor:
     """(B, 1, T, S), true where a query of heads with a window sees a key, of all S tokens."""
     if bidirectional:
         return visible_in_band(seen, band, total)

@@ -42,4 +42,6 @@ DINOV2 = replace(
     other_mlp=(FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),),
 )
 
-CLIP_VISION = replace(CLIP_TEXT, name="clip-vision", model_types=("clip_vision_model",), patches=True, bidirectional=True)
+CLIP_VISION = replace(
+    CLIP_TEXT, name="clip-vision", model_types=("clip_vision_model",), patches=True, bidirectional=True
+)
