@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 
 from headwise.calibration.stats import Stat, collect
 from headwise.calibration.streaming import GateTraining, Span
+from headwise.errors import PlanError
 from headwise.export.onnx import check_parity, to_onnx
 from headwise.export.precision import ExportSpec, convert_precision
 from headwise.export.profiles import profiles_for
@@ -23,11 +24,12 @@ from headwise.gates.cost import graph_cost
 from headwise.model import surgery
 from headwise.model.bands import Band, cut, visible_in_band
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
-from headwise.model.edits import EditPlan, StreamHeads
+from headwise.model.edits import EditPlan, KeepTokens, StreamHeads
 from headwise.model.forward import run
 from headwise.model.layout import Layout
 from headwise.model.limits import limits
 from headwise.model.saving import save_checkpoint
+from headwise.model.token_budget import TokenBudget
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan, run_pass
 from headwise.passes.stream_heads import StreamHeadsPass
@@ -251,6 +253,17 @@ def test_gates_are_trained_on_bands() -> None:
     gates = [collect(view, task, examples, {Stat.STREAM_GATES}, span=span).values[Stat.STREAM_GATES] for span in spans]
     # A band that covers the text loses nothing: the penalty is all there is.
     assert float(torch.cat(gates[1]).mean()) < float(torch.cat(gates[0]).mean())
+
+
+def test_heads_that_choose_their_tokens_have_no_bands() -> None:
+    view = ModelView.of(make_model("bert"))
+    surgery.apply(view, EditPlan(edits=(KeepTokens(layer=1, budget=TokenBudget(keep=0.5)),)))
+    task, examples = samples(view, "bert")
+    message = "heads of layer 1 keep a share of the tokens"
+    with pytest.raises(PlanError, match=message):
+        make_plan(StreamHeadsPass(ratio=0.5, sink=1, recent=2), view, task, examples)
+    with pytest.raises(PlanError, match=message):
+        plan_of(view, (2,), 1).check(view.layout)
 
 
 def test_limits_say_which_encoders_have_no_bands() -> None:

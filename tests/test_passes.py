@@ -28,6 +28,7 @@ from headwise.tolerances import TWIN
 OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"ratio": 0.5} for name in ("prune-heads", "prune-mlp", "share-kv", "cluster-heads")},
     "prune": {"macs": 0.85},
+    "prune-tokens": {"keep": 0.5},
     "latent-kv": {"rank": 6},
     "share-layers": {"rank": 6},
     "stream-heads": {"ratio": 0.5, "sink": 1, "recent": 2},
@@ -56,6 +57,8 @@ UNFIT = {
     **{(name, "gemma2"): "caps its scores" for name in LATENT},
     **{("share-layers", family): "no group has two layers" for family in SEQ2SEQ},
     ("share-layers", "albert"): "both of which run once",
+    **{("prune-tokens", family): "every token sees earlier ones only" for family in DECODERS | SEQ2SEQ},
+    **{("prune-tokens", family): "clip-text.*\n.*its tokens see earlier ones only" for family in ("clip", "clip-text")},
     **{("stream-heads", family): "only decoders without an encoder" for family in MODELS.keys() - DECODERS},
     **{("stream-heads", family): "see the last tokens only already" for family in ("mistral", "gemma2", "gemma3")},
 }
@@ -86,8 +89,10 @@ def test_a_refusal_says_why_and_has_a_reason(
     reason = str(refused.value).partition("because ")[2].splitlines()[0]
     module.save_pretrained(tmp_path)
     assert f"{name}: refused, because {reason}" in inspect_checkpoint(str(tmp_path), sequence=4)["limits"]
-    if name in LATENT:
-        return  # keys lose a constant there that positions see: the model gets worse, but runs and equals its twin
+    if name in (*LATENT, "prune-tokens"):
+        # Keys lose a constant that positions see, or tokens are chosen for queries that must not see them, or not at
+        # all: the model gets worse, but runs and equals its twin.
+        return
     monkeypatch.setattr("headwise.passes.base._refuse", lambda *_: None)
     with pytest.raises((RuntimeError, KeyError, SurgeryError, DataError)):
         run_pass(pass_, view, teacher, task, examples)
@@ -117,7 +122,7 @@ def test_contract(name: str, family: str) -> None:
     if name == "stream-heads" or (name == "latent-kv" and family in DECODERS):
         # What its cache holds shrinks. Streaming heads keep their weights; queries of a latent get a part of their own.
         assert kv_bytes_per_token(view) < kv_bytes_per_token(teacher)
-    else:
+    elif name != "prune-tokens":  # which leaves the weights as they are
         assert sum(p.numel() for p in view.module.parameters()) < before
     json.dumps(record.to_json())
 

@@ -25,7 +25,8 @@ from headwise.calibration.stream_gates import train_gates
 from headwise.calibration.streaming import Span, WindowSums
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.calibration.timing import LatencyTable
-from headwise.calibration.tokens import valid_key_mask, valid_mask, valid_tokens
+from headwise.calibration.token_curves import token_curves
+from headwise.calibration.tokens import add_moment, valid_key_mask, valid_mask, valid_tokens
 from headwise.calibration.units import Draws, Means, unit_gradients
 from headwise.calibration.work import count_work
 from headwise.model.forward import run, to_torch
@@ -96,6 +97,11 @@ class Stat(StrEnum):
     UNIT_GAUSS_NEWTON = "unit-gauss-newton"
     """The same shapes: E[J^T J] of the label-free signal, by Hutchinson draws."""
 
+    TOKEN_COST = "token-cost"
+    """Per layer (8,): relative squared change of its output when heads keep 1/8, 2/8, ... of the tokens."""
+    END_ATTENTION = "end-attention"
+    """Per layer (2, 16): share of attention that the first 1, 2, ... tokens receive, and the last."""
+
     LOSS_GRADIENT = "loss-gradient"
     """Per layer (samples, N): gradient of the sample's task loss with respect to gates on the heads. Needs labels."""
 
@@ -109,7 +115,7 @@ MOMENTS = frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 NEURONS = frozenset({Stat.NEURON_MEAN, Stat.NEURON_SIZE})
 UNITS = frozenset({Stat.UNIT_FISHER, Stat.UNIT_GAUSS_NEWTON})
 LABELLED = frozenset({Stat.LOSS_GRADIENT, Stat.UNIT_FISHER})
-RUNS = UNITS | {Stat.OUTPUT_CURVATURE, Stat.STREAM_GATES}
+RUNS = UNITS | {Stat.OUTPUT_CURVATURE, Stat.STREAM_GATES, Stat.TOKEN_COST, Stat.END_ATTENTION}
 """Statistics that take a run of their own, behind the one for all others."""
 
 
@@ -184,6 +190,8 @@ def collect(
             values[stat] = unit_gradients(view, task, examples, means, chosen, **given)
     if Stat.OUTPUT_CURVATURE in asked:
         values[Stat.OUTPUT_CURVATURE] = output_curvature(view, task, examples, seed=seed, **given)
+    if asked & {Stat.TOKEN_COST, Stat.END_ATTENTION}:
+        values |= dict(zip((Stat.TOKEN_COST, Stat.END_ATTENTION), token_curves(view, examples, **given), strict=True))
     if Stat.STREAM_GATES in asked and span is not None and span.training is not None:
         values[Stat.STREAM_GATES] = train_gates(view, task, examples, span, span.training, **given)
     if Stat.MACS in asked:
@@ -235,9 +243,9 @@ class _Sums:
                 stack.enter_context(self._watched(layer, mask))
                 if self.needs & MOMENTS:
                     keys = valid_key_mask(batch, family)
-                    stack.enter_context(layer.watch_input(partial(_add_moment, self.moments, layer.index, keys)))
+                    stack.enter_context(layer.watch_input(partial(add_moment, self.moments, layer.index, keys)))
                 if Stat.QUERY_MOMENT in self.needs and family.cross:
-                    add = partial(_add_moment, self.query_moments, layer.index, mask)
+                    add = partial(add_moment, self.query_moments, layer.index, mask)
                     stack.enter_context(layer.watch_query_input(add))
                 if self.needs & WEIGHTS:
                     stack.enter_context(self.maps[layer.index].watched(layer, mask))
@@ -320,9 +328,3 @@ class _Sums:
         if Stat.GAUSS_NEWTON in self.needs:
             every[Stat.GAUSS_NEWTON] = (self.gauss_newton / samples,)
         return every
-
-
-def _add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
-    tokens = valid_tokens(inputs.detach(), mask).double()
-    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
-    moments[index] = moments.get(index, 0) + tokens.T @ tokens

@@ -35,6 +35,8 @@ class GateTraining:
 class Span:
     """What a streaming head sees: the first ``sink`` tokens of a text and the last ``recent``, its own included.
 
+    In a bidirectional layer it sees as many of the next tokens.
+
     Attributes:
         sink, recent: see above.
         training: how gates are found; None where nobody asks for them.

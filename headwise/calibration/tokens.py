@@ -30,3 +30,10 @@ def valid_tokens(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     if tensor.dim() == 2:
         return tensor if mask is None or mask.numel() != len(tensor) else tensor[mask.flatten()]
     return tensor[mask] if mask is not None and mask.shape == tensor.shape[:2] else tensor.flatten(0, 1)
+
+
+def add_moment(moments: dict[int, torch.Tensor], index: int, mask: torch.Tensor | None, inputs: torch.Tensor) -> None:
+    """Add products of the tokens that count, (B, T, D) with a 1 behind each, to those of a layer."""
+    tokens = valid_tokens(inputs.detach(), mask).double()
+    tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+    moments[index] = moments.get(index, 0) + tokens.T @ tokens

@@ -127,9 +127,11 @@ def _drop_notes(model: ir.Model) -> None:
 
 
 def _fit_operators(graph: ir.Graph) -> None:
-    """Write out two broadcasts that the exporter leaves to the operator and ONNX Runtime does not do.
+    """Write out what the exporter leaves to the operator, and a runtime does not do.
 
-    A mask ``(B, H, 1, T)`` of ``Attention`` gets its query axis, rotary tables ``(1, S, D/2)`` get their batch axis.
+    For ONNX Runtime a mask ``(B, H, 1, T)`` of ``Attention`` gets its query axis, and rotary tables ``(1, S, D/2)`` get
+    their batch axis. For TensorRT, which else does not find out that gathered keys have as many heads as queries,
+    reshapes get sizes that are known in the place of -1.
     """
     for node in list(graph.all_nodes()):
         if node.op_type == "Attention" and len(node.inputs) > 3:
@@ -137,6 +139,8 @@ def _fit_operators(graph: ir.Graph) -> None:
         elif node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
             for index in (1, 2):
                 _expand(node, index, axis=0, like=0, like_axis=0)
+        elif node.op_type == "Reshape":
+            _say_sizes(node)
 
 
 def _expand(node: ir.Node, index: int, *, axis: int, like: int, like_axis: int) -> None:
@@ -159,6 +163,21 @@ def _expand(node: ir.Node, index: int, *, axis: int, like: int, like_axis: int) 
         new.name = new.outputs[0].name = f"{node.name}_expand_{index}_{position}"
     node.graph.insert_before(node, added)
     node.replace_input_with(index, expand.outputs[0])
+
+
+def _say_sizes(node: ir.Node) -> None:
+    """Put the known size of an axis in the place of -1 where a shape is put together from single sizes."""
+    target, reshaped = node.inputs[1], node.outputs[0].shape
+    sizes = None if target is None else target.producer()
+    if sizes is None or sizes.op_type != "Concat" or reshaped is None or len(sizes.inputs) != len(reshaped):
+        return
+    for axis, (value, size) in enumerate(zip(sizes.inputs, reshaped, strict=True)):
+        constant = None if value is None else ir.convenience.get_const_tensor(value)
+        if constant is not None and constant.numpy().tolist() == [-1] and isinstance(size, int) and node.graph:
+            told = ir.node("Constant", [], {"value": ir.tensor(np.array([size], np.int64))})
+            told.name = told.outputs[0].name = f"{sizes.name}_size_{axis}"
+            node.graph.insert_before(sizes, told)
+            sizes.replace_input_with(axis, told.outputs[0])
 
 
 def _name_dims(

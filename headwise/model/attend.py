@@ -21,9 +21,12 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from headwise.errors import UnsupportedModelError
 from headwise.model.layout import AttentionLayout
 from headwise.model.masks import HIDDEN, boolean, seen_keys
 from headwise.model.membership import membership
+from headwise.model.token_flow import Parts, flow_of
+from headwise.model.token_select import keep_keys
 from headwise.model.windows import attend_in_blocks, visible_to_heads
 
 NAME = "headwise"
@@ -54,7 +57,7 @@ def form(name: Form) -> Iterator[None]:
 def bind(caller: nn.Module, layout: AttentionLayout) -> None:
     """Let ``caller``, the module that calls the attention function, compute what ``layout`` says."""
     setattr(caller, _LAYOUT, layout)
-    if (layout.clustered or layout.streaming) and (config := getattr(caller, "config", None)) is not None:
+    if layout.custom and (config := getattr(caller, "config", None)) is not None:
         config._attn_implementation = NAME
 
 
@@ -116,9 +119,10 @@ def attend(
     layout, see = bound(module), getattr(module, _SEE, None)
     softcap = options.get("softcap")
     explicit = see is not None or softcap is not None or options.pop("need_weights", False)
+    flow = flow_of(module)
     if layout is not None and layout.streaming and not explicit:
         return attend_in_blocks(module, layout, (query, key, value), attention_mask, **options), None
-    if (layout is None or not layout.clustered) and not explicit:
+    if (layout is None or not layout.custom) and flow is None and not explicit:
         found: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found
     if layout is None:
@@ -127,6 +131,18 @@ def attend(
         attention_mask = _within_windows(layout, query, key, attention_mask)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
+    if flow is not None:
+        shift = flow.shift(shift)
+        if layout.tokens is not None:
+            flow.look(layout.tokens, Parts(query=query, key=key, value=value, scale=scale), shift)
+    elif layout.tokens is not None:
+        kept = keep_keys(layout.tokens, query, key, value, shift, scale)
+        key, value, shift = kept.key, kept.value, kept.shift
+        if shift is not None and shift.shape[1] > 1:
+            shift = shift.repeat_interleave(layout.group, dim=1)
+    if (flow is not None or layout.tokens is not None) and not explicit:
+        grouped = {"scale": scale, "enable_gqa": layout.group > 1}
+        return F.scaled_dot_product_attention(query, key, value, shift, **grouped).transpose(1, 2), None
     use = _selection(module, layout, query, key, shift, scale)
     if shift is not None and shift.shape[1] > 1:
         shift = _take(shift, use.queries)
@@ -147,6 +163,26 @@ def attend(
     grouped = weights.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
     mixed = (grouped @ value).unflatten(2, (layout.group, -1)).flatten(1, 2)
     return mixed.transpose(1, 2), weights
+
+
+def require_all_seen(caller: nn.Module, all_seen: bool) -> None:
+    """Raise where a module that works on a share of the tokens is called so that queries see different ones.
+
+    Args:
+        caller: the module that calls the attention function.
+        all_seen: whether every query of a sample sees all of its tokens.
+
+    Raises:
+        UnsupportedModelError: the heads would choose tokens that some queries must not see.
+    """
+    layout = bound(caller)
+    budgeted = flow_of(caller) is not None or (layout is not None and layout.tokens is not None)
+    if budgeted and not all_seen:
+        raise UnsupportedModelError(
+            "prune-tokens on attention with an attn_mask, or to another sequence",
+            expected="self-attention in which every query sees every token that is no padding",
+            fix="leave the pass out: tokens are chosen for all queries of a sample",
+        )
 
 
 def plain(queries: int, kvs: int, head_dim: int) -> AttentionLayout:

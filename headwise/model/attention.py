@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from headwise.errors import UnsupportedModelError
-from headwise.model.attend import attend
+from headwise.model.attend import attend, require_all_seen
 
 
 class MultiHeadAttention(nn.Module):
@@ -57,6 +57,7 @@ class MultiHeadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        require_all_seen(self, attn_mask is None and not is_causal and key is query)
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from headwise.errors import PlanError
 from headwise.model.latent_edits import LatentKV, ShareLayers, refuse_compressed
 from headwise.model.layout import AttentionLayout, Layout, MlpLayout, from_ranges, ranges
+from headwise.model.token_edits import KeepTokens
 from headwise.model.window_edits import StreamHeads, refuse_streaming
 
 
@@ -229,11 +230,10 @@ def refuse_clustered(layer: int, layout: AttentionLayout) -> None:
         )
 
 
-Edit = DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | StreamHeads | DropNeurons
-EDITS: Mapping[str, type[Edit]] = {
-    cls.type: cls
-    for cls in (DropHeads, ShareKV, ClusterHeads, ClusterOnline, LatentKV, ShareLayers, StreamHeads, DropNeurons)
-}
+Edit = (
+    DropHeads | ShareKV | ClusterHeads | ClusterOnline | LatentKV | ShareLayers | StreamHeads | KeepTokens | DropNeurons
+)
+EDITS: Mapping[str, type[Edit]] = {cls.type: cls for cls in get_args(Edit)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,13 @@ def _refuse(layer: int, layout: AttentionLayout) -> None:
 
 
 def refuse_compressed(layer: int, layout: AttentionLayout) -> None:
-    """Raise PlanError for a layer whose keys and values come from a latent or from another layer."""
+    """Raise PlanError for a layer whose keys and values come from a latent, from another layer, or of some tokens."""
+    if layout.tokens is not None:
+        raise PlanError(
+            f"the heads of layer {layer} keep {layout.tokens.keep:g} of the tokens already",
+            expected="a layer that attends to all tokens",
+            fix="put prune-tokens behind the other attention passes of the recipe, once",
+        )
     if layout.compressed:
         raise PlanError(
             f"keys and values of layer {layer} come from a latent or from another layer already",

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from headwise.model.cache import CacheLayout, CacheTensor
+from headwise.model.token_budget import TokenBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class AttentionLayout:
             runs the layer, whose queries are as they were. Without rotary keys beside the latent, rotary positions turn
             the keys that come from it.
         owner: the layer whose latent, or whose keys and values, this one reads; None where it has its own.
+        tokens: which tokens every head keeps (arXiv 2502.14504); None where queries meet the keys of all.
         windows: for every kv head how many of the last tokens its readers see, their own included, and 0 where they
             see all; empty where all heads see all. Heads of one window are neighbours, those that see all come first.
         sink: first tokens of a text that heads with a window see as well.
@@ -57,6 +59,7 @@ class AttentionLayout:
     rotary_heads: int = 1
     unrotated: int = 0
     owner: int | None = None
+    tokens: TokenBudget | None = None
     windows: tuple[int, ...] = ()
     sink: int = 0
     bidirectional: bool = False
@@ -70,6 +73,11 @@ class AttentionLayout:
     def clustered(self) -> bool:
         """Whether some heads use the attention weights of another one."""
         return bool(self.represented) or self.online > 0
+
+    @property
+    def custom(self) -> bool:
+        """Whether only headwise's attention function computes what the layer does."""
+        return self.clustered or self.streaming or self.tokens is not None
 
     @property
     def compressed(self) -> bool:
@@ -161,7 +169,9 @@ class AttentionLayout:
         owner = {} if self.owner is None else {"owner": self.owner}
         windows = {"windows": list(self.windows), "sink": self.sink} if self.windows else {}
         windows |= {"bidirectional": True} if self.bidirectional else {}
-        return data | represented | ({"online": self.online} if self.online else {}) | latent | owner | windows
+        tokens = {} if self.tokens is None else {"tokens": self.tokens.to_json()}
+        online = {"online": self.online} if self.online else {}
+        return data | represented | online | latent | owner | windows | tokens
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AttentionLayout:
@@ -176,6 +186,7 @@ class AttentionLayout:
             rotary_heads=int(data.get("rotary_heads", 1)),
             unrotated=int(data.get("unrotated", 0)),
             owner=data.get("owner"),
+            tokens=TokenBudget.from_json(data["tokens"]) if "tokens" in data else None,
             windows=tuple(data.get("windows", ())),
             sink=int(data.get("sink", 0)),
             bidirectional=bool(data.get("bidirectional", False)),
@@ -261,4 +272,4 @@ class Layout:
 def uniform(layers: Sequence[AttentionLayout]) -> bool:
     """Whether all layers have the same head counts and widths, and every head its own weights, on all tokens."""
     shapes = {(len(layer.query), len(layer.kv), layer.head_dim) for layer in layers}
-    return len(shapes) <= 1 and not any(layer.clustered or layer.compressed or layer.streaming for layer in layers)
+    return len(shapes) <= 1 and not any(layer.custom or layer.compressed for layer in layers)

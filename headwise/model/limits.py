@@ -16,7 +16,7 @@ def limits(view: ModelView) -> tuple[str, ...]:
     """One sentence per limit, with the layers that it holds for where that is not all of them."""
     layers: dict[str, list[int]] = {}
     for layer in view.attention:
-        for text in (*_refused(layer), *_sharing(layer), *_attention(layer)):
+        for text in (*_refused(layer), *_sharing(layer), *_tokens(layer), *_attention(layer)):
             layers.setdefault(text, []).append(layer.index)
     found = [
         text if len(where) == len(view.attention) else f"{text} (layers {', '.join(map(str, where))})"
@@ -74,6 +74,12 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
             "share-kv: the class knows no shared kv heads; with them it runs under sdpa attention, not under eager, "
             "and loads through headwise only"
         )
+
+
+def _tokens(layer: AttentionView) -> Iterator[str]:
+    """What cannot be done to the tokens that a layer attends to."""
+    if layer.family.causal:
+        yield "prune-tokens: refused, because tokens are chosen for all queries, and here these see earlier ones only"
 
 
 def _attention(layer: AttentionView) -> Iterator[str]:

@@ -101,7 +101,7 @@ def _changed_entries(view: ModelView, module: nn.Module) -> dict[str, Any] | Non
     heads, before = ([(len(entry.query), len(entry.kv)) for entry in which.attention] for which in (layout, stock))
     widths, old_widths = ([len(entry.neurons) for entry in which.mlp] for which in (layout, stock))
     entries: dict[str, Any] = {}
-    if heads != before or any(entry.clustered or entry.compressed or entry.streaming for entry in layout.attention):
+    if heads != before or any(entry.custom or entry.compressed for entry in layout.attention):
         counted = stock_entries(view)
         if not counted or not uniform(layout.attention) or not handed_alike(view):
             return None

@@ -38,6 +38,10 @@ from headwise.model.projections import Projections
 from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
 from headwise.model.surgery_windows import in_place, stream_heads
+from headwise.model.token_edits import KeepTokens
+from headwise.model.token_flow import MaskedFlow
+from headwise.model.token_select import masked_tokens
+from headwise.model.token_surgery import let_leave
 from headwise.model.view import AttentionView, ModelView
 from headwise.model.window_edits import StreamHeads
 from headwise.model.writing import write, write_output, written
@@ -74,10 +78,11 @@ def apply(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) ->
                 share_layers(model, edit, payload)
             case ClusterHeads():
                 cluster_heads(layer, edit)
-            case ClusterOnline():
+            case ClusterOnline() | KeepTokens():
                 write(layer, layer.read(), edit.apply(layer.layout))
             case StreamHeads():
                 stream_heads(layer, edit)
+    let_leave(model)
     _require_landed(model, predicted)
 
 
@@ -105,10 +110,12 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
     """Let the unedited model compute what the edited one must compute, without removing or moving anything.
 
     Dropped heads and neurons are gated to zero. Shared heads are written out for each of their readers, and so are the
-    queries and keys of representatives. Projections by way of a latent are multiplied out. Windows are masks.
+    queries and keys of representatives. Projections by way of a latent are multiplied out. Windows are masks, and keys
+    that a head does not keep are hidden from it.
     """
     compute_own(model)
     with ExitStack() as stack:
+        stack.callback(let_leave, model)
         for layer in model.attention:
             gone = {h for e in plan.edits if isinstance(e, DropHeads) and e.layer == layer.index for h in e.query}
             gates = [0.0 if head in gone else 1.0 for head in layer.layout.query]
@@ -137,6 +144,11 @@ def twin(model: ModelView, plan: EditPlan, payloads: Payloads | None = None) -> 
                 layer = model.attention[edit.layer]
                 stack.enter_context(written(layer, layer.read(), in_place(layer.layout, edit)))
                 stack.enter_context(layer.watch_weights(lambda *_: None))
+            if isinstance(edit, KeepTokens):
+                layer = model.attention[edit.layer]
+                stack.enter_context(written(layer, layer.read(), edit.apply(layer.layout)))
+                stack.enter_context(masked_tokens())
+        let_leave(model, MaskedFlow)
         stack.enter_context(compressed_twins(model, plan.edits, payloads or {}))
         yield
 
@@ -294,6 +306,7 @@ def reshape(model: ModelView, layout: Layout) -> None:
         write(view, zeros, replace(entry, latent=0, owner=None))
         if entry.compressed:
             reshape_compressed(model, view, entry)
+    let_leave(model)
     # Layouts of version 0.1.0 say nothing about neurons.
     for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
         reshape_mlp(mlp, neurons)

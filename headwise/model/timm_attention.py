@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from headwise.errors import UnsupportedModelError
-from headwise.model.attend import attend
+from headwise.model.attend import attend, require_all_seen
 from headwise.model.attention import linear
 from headwise.tolerances import TWIN
 
@@ -34,6 +34,7 @@ class TimmAttention(nn.Module):
         self.attn_drop, self.proj, self.proj_drop = original.attn_drop, original.proj, original.proj_drop
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        require_all_seen(self, attn_mask is None and not is_causal)
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

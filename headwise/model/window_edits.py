@@ -1,4 +1,4 @@
-"""The edit that lets kv heads stream: their readers see the first tokens and the last ones only. Pure data."""
+"""The edit that lets kv heads stream: their readers see the first and the nearest tokens only. Pure data."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class StreamHeads:
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the heads are there, have keys of their own and see at least themselves."""
         refuse_streaming(self.layer, layout)
+        refuse_pruned(self.layer, layout)
         if layout.clustered or layout.compressed:
             raise PlanError(
                 f"layer {self.layer} is clustered, or its keys come from a latent or another layer",
@@ -87,4 +88,14 @@ def refuse_streaming(layer: int, layout: AttentionLayout) -> None:
             f"heads of layer {layer} stream already",
             expected="a layer whose heads all see all tokens",
             fix="put stream-heads behind the other attention passes of the recipe, once",
+        )
+
+
+def refuse_pruned(layer: int, layout: AttentionLayout) -> None:
+    """Raise PlanError for a layer whose heads choose tokens: which are near is not known behind that."""
+    if layout.tokens is not None:
+        raise PlanError(
+            f"heads of layer {layer} keep a share of the tokens",
+            expected="layers whose heads see all tokens",
+            fix="leave out prune-tokens or stream-heads",
         )

@@ -10,6 +10,7 @@ from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.prune import Prune
 from headwise.passes.prune_heads import PruneHeads
 from headwise.passes.prune_mlp import PruneMlp
+from headwise.passes.prune_tokens import PruneTokens
 from headwise.passes.quantize import Quantize
 from headwise.passes.share_kv import ShareKVHeads
 from headwise.passes.share_layers import ShareLayersPass
@@ -25,6 +26,7 @@ PASSES: Mapping[str, type[Pass]] = {
         ClusterHeadsPass,
         LatentKVPass,
         ShareLayersPass,
+        PruneTokens,
         StreamHeadsPass,
     )
 }

@@ -13,7 +13,7 @@ from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.limits import why_not_streaming
 from headwise.model.view import ModelView
-from headwise.model.window_edits import StreamHeads
+from headwise.model.window_edits import StreamHeads, refuse_pruned
 from headwise.passes import scores as importance
 from headwise.passes.base import Pass
 from headwise.passes.recovery import Recovery
@@ -25,11 +25,13 @@ Score = list[float]
 
 
 class StreamHeadsPass(Pass):
-    """Let the kv heads that need it least keep the first and the last tokens only; the others keep all."""
+    """Let the kv heads that need it least see the first and the last tokens only; in an encoder, those on both sides."""
 
     name: ClassVar[str] = "stream-heads"
-    summary: ClassVar[str] = "some kv heads keep the first and the last tokens only, so that their cache stops growing"
-    paper: ClassVar[str] = "arXiv 2410.10819, 2501.01039"
+    summary: ClassVar[str] = (
+        "some heads see the first and the nearest tokens only: a cache that stops growing, or bands in encoders"
+    )
+    paper: ClassVar[str] = "arXiv 2410.10819, 2501.01039, 2004.05150"
 
     ratio: float | None = Field(default=None, gt=0, lt=1)
     """Share of the kv heads of all layers that stream: those with the lowest scores."""
@@ -38,7 +40,7 @@ class StreamHeadsPass(Pass):
     sink: int = Field(default=64, ge=0)
     """First tokens of a text that a streaming head sees."""
     recent: int | tuple[int, ...] = 256
-    """Last tokens that a streaming head sees, its query's own included. Several numbers: equal parts of the streaming
+    """Last tokens that a streaming head sees, its query's own included; in an encoder as many next ones, too. Several numbers: equal parts of the streaming
     heads get one each, heads with lower scores smaller ones."""
     score: Literal["statistic", "gates", "random"] = "statistic"
     """How much a kv head needs all tokens: ``statistic``, how much the layer output changes on calibration text when
@@ -163,6 +165,7 @@ def _refuse_fixed(view: ModelView) -> None:
     """Raise PlanError where a layer cannot have heads that stream."""
     for layer in view.attention:
         refuse_clustered(layer.index, layer.layout)
+        refuse_pruned(layer.index, layer.layout)
         reason = why_not_streaming(layer)
         if reason:
             raise PlanError(

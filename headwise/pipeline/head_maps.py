@@ -126,6 +126,16 @@ def _shared_layers(edit: Mapping[str, Any]) -> str:
     return f"reads the {what} of layer {edit['owner']}"
 
 
+def _kept_tokens(edit: Mapping[str, Any]) -> str:
+    budget = edit["budget"]
+    if budget["stream"]:
+        left = {"drop": "the rest leaves", "fuse": "the rest becomes one", "merge": "the rest becomes part of them"}
+        return f"{budget['keep']:.1%} of the tokens go on, {left[budget['rest']]}"
+    whose = "the layer keeps the same" if budget["shared"] else "every head keeps its own"
+    rest = "the rest as one" if budget["rest"] == "fuse" else "the rest goes"
+    return f"{whose} {budget['keep']:.1%} of the tokens, {rest}"
+
+
 def _streaming(edit: Mapping[str, Any]) -> str:
     windows = [f"kv head {head} the last {window}" for head, window in edit["windows"].items()]
     return f"{', '.join(windows)} tokens and the first {edit['sink']} only" if windows else ""
@@ -138,6 +148,7 @@ _WORDS = {
     "cluster-online": _clustered_online,
     "latent-kv": _latent,
     "share-layers": _shared_layers,
+    "keep-tokens": _kept_tokens,
     "stream-heads": _streaming,
 }
 

@@ -66,6 +66,7 @@ CLIP_TEXT = Family(
     head_dim="head_dim",
     mlp=FeedForward(up="mlp.fc1", down="mlp.fc2", residual="layer_norm2", size="intermediate_size"),
     bookkeeping={"num_heads": query_heads, "num_key_value_groups": group_size},
+    refuses={"prune-tokens": "its tokens see earlier ones only, and tokens are chosen for all queries of a sample"},
 )
 """Every token sees earlier ones only, but no text is generated: there is no cache, so that it is not ``causal``."""
 
@@ -122,6 +123,7 @@ DEBERTA_V2 = Family(
         "keys as many heads as queries",
         "cluster-heads": "its class computes scores itself, with terms of positions for every head",
         "latent-kv": "its keys are also projected from positions, of which the latent knows nothing",
+        "prune-tokens": "its class computes scores itself, with terms of positions for all tokens",
         "share-layers": "its keys are also projected from positions, which belong to no other layer's keys",
     },
 )

@@ -43,5 +43,10 @@ DINOV2 = replace(
 )
 
 CLIP_VISION = replace(
-    CLIP_TEXT, name="clip-vision", model_types=("clip_vision_model",), patches=True, bidirectional=True
+    CLIP_TEXT,
+    name="clip-vision",
+    model_types=("clip_vision_model",),
+    patches=True,
+    bidirectional=True,
+    refuses={},
 )

@@ -1,0 +1,18 @@
+"""Let tokens leave between the blocks of a model, as its layouts say."""
+
+from __future__ import annotations
+
+from headwise.model.token_flow import Flow, join
+from headwise.model.view import ModelView
+
+
+def let_leave(model: ModelView, kind: type[Flow] = Flow) -> None:
+    """Give the layers of a model one flow where tokens leave behind some of them, and none where they do not."""
+    budgets = {
+        layer.index: layer.layout.tokens
+        for layer in model.attention
+        if layer.layout.tokens is not None and layer.layout.tokens.stream
+    }
+    flow = kind(budgets, last=len(model.attention) - 1) if budgets else None
+    for layer in model.attention:
+        join(flow, layer.index, layer.caller, layer.block)
