@@ -32,11 +32,10 @@ class StreamHeads:
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the heads are there, have keys of their own and see at least themselves."""
         refuse_streaming(self.layer, layout)
-        refuse_pruned(self.layer, layout)
-        if layout.clustered or layout.compressed:
+        if layout.clustered or layout.compressed or layout.tokens is not None:
             raise PlanError(
-                f"layer {self.layer} is clustered, or its keys come from a latent or another layer",
-                expected="a layer whose heads have queries, keys and values of their own",
+                f"layer {self.layer} is clustered, keeps a share of the tokens, or has keys of a latent or another layer",
+                expected="a layer whose heads have queries, keys and values of their own, of all tokens",
                 fix="put stream-heads in the place of these passes, not behind them",
             )
         unknown = sorted(set(self.windows) - set(layout.kv))
@@ -88,14 +87,4 @@ def refuse_streaming(layer: int, layout: AttentionLayout) -> None:
             f"heads of layer {layer} stream already",
             expected="a layer whose heads all see all tokens",
             fix="put stream-heads behind the other attention passes of the recipe, once",
-        )
-
-
-def refuse_pruned(layer: int, layout: AttentionLayout) -> None:
-    """Raise PlanError for a layer whose heads choose tokens: which are near is not known behind that."""
-    if layout.tokens is not None:
-        raise PlanError(
-            f"heads of layer {layer} keep a share of the tokens",
-            expected="layers whose heads see all tokens",
-            fix="leave out prune-tokens or stream-heads",
         )

@@ -13,7 +13,7 @@ from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
 from headwise.model.limits import why_not_streaming
 from headwise.model.view import ModelView
-from headwise.model.window_edits import StreamHeads, refuse_pruned
+from headwise.model.window_edits import StreamHeads
 from headwise.passes import scores as importance
 from headwise.passes.base import Pass
 from headwise.passes.recovery import Recovery
@@ -25,11 +25,11 @@ Score = list[float]
 
 
 class StreamHeadsPass(Pass):
-    """Let the kv heads that need it least see the first and the last tokens only; in an encoder, those on both sides."""
+    """Let the kv heads that need it least see the first and the last tokens only; in an encoder, a band."""
 
     name: ClassVar[str] = "stream-heads"
     summary: ClassVar[str] = (
-        "some heads see the first and the nearest tokens only: a cache that stops growing, or bands in encoders"
+        "some kv heads see the first and the nearest tokens only: bounded caches, bands in encoders"
     )
     paper: ClassVar[str] = "arXiv 2410.10819, 2501.01039, 2004.05150"
 
@@ -40,8 +40,8 @@ class StreamHeadsPass(Pass):
     sink: int = Field(default=64, ge=0)
     """First tokens of a text that a streaming head sees."""
     recent: int | tuple[int, ...] = 256
-    """Last tokens that a streaming head sees, its query's own included; in an encoder as many next ones, too. Several numbers: equal parts of the streaming
-    heads get one each, heads with lower scores smaller ones."""
+    """Last tokens that a streaming head sees, its query's own included; in an encoder as many next ones, too. Several
+    numbers: equal parts of the streaming heads get one each, heads with lower scores smaller ones."""
     score: Literal["statistic", "gates", "random"] = "statistic"
     """How much a kv head needs all tokens: ``statistic``, how much the layer output changes on calibration text when
     its readers stream; ``gates`` between full and streaming attention, trained on calibration text with the model
@@ -165,7 +165,6 @@ def _refuse_fixed(view: ModelView) -> None:
     """Raise PlanError where a layer cannot have heads that stream."""
     for layer in view.attention:
         refuse_clustered(layer.index, layer.layout)
-        refuse_pruned(layer.index, layer.layout)
         reason = why_not_streaming(layer)
         if reason:
             raise PlanError(
