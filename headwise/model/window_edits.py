@@ -34,7 +34,7 @@ class StreamHeads:
         refuse_streaming(self.layer, layout)
         if layout.clustered or layout.compressed or layout.tokens is not None:
             raise PlanError(
-                f"layer {self.layer} is clustered, keeps a share of the tokens, or has keys of a latent or another layer",
+                f"layer {self.layer} is clustered, keeps a share of the tokens, or its keys come from elsewhere",
                 expected="a layer whose heads have queries, keys and values of their own, of all tokens",
                 fix="put stream-heads in the place of these passes, not behind them",
             )
