@@ -18,7 +18,7 @@ from runs import PLAIN, copied, finished, plain_files, write_recipe
 
 import headwise
 from headwise.cli import main
-from headwise.export import runners
+from headwise.device import cuda
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.limits import limits
 from headwise.model.saving import save_checkpoint
@@ -29,9 +29,16 @@ from headwise.pipeline.monitor import RichMonitor
 from headwise.pipeline.run import Run
 
 COMMANDS: dict[str, list[str]] = {
+    "bench": [
+        *("artifacts", "--provider", "--threads", "--batch", "--seq", "--past", "--vocabulary", "--rounds", "--warmup"),
+        *("--confidence", "--roofline", "--gpu", "--ssh", "--port", "--identity", "--python", "--json"),
+    ],
+    "bundle": ["directory", "--out", "--samples", "--triton"],
     "check": ["directory", "--against", "--update", "--junit", "--json"],
     "cost": ["artifact", "--memory", "--batch", "--precision", "--json"],
-    "compress": ["checkpoint", "--recipe", "--out", "--set", "--no-resume", "--dry-run", "--require-engine-run"],
+    "compress": [
+        *("checkpoint", "--recipe", "--out", "--set", "--no-resume", "--dry-run", "--require-engine-run", "--tiny")
+    ],
     "convert": ["checkpoint", "--recipe", "--out", "--set", "--no-resume", "--json"],
     "demo": ["--out"],
     "evaluate": ["artifact", "--recipe", "--reference", "--set", "--json"],
@@ -54,6 +61,7 @@ COMMANDS: dict[str, list[str]] = {
     "to-hf": ["artifact", "--out"],
     "report": ["directory", "--html", "--markdown", "--junit"],
     "schema": [],
+    "verify": ["bundle", "--engine", "--onnx", "--selftest", "--record", "--rounds", "--tolerance", "--json"],
 }
 """Scripts rely on these: taking one away or renaming it is a breaking change."""
 
@@ -488,7 +496,7 @@ def test_evaluate_an_engine_without_a_gpu(folder: Path, monkeypatch: pytest.Monk
     engine.parent.mkdir()
     engine.write_bytes(b"engine")
     engine.with_name("model.engine.json").write_text('{"runtime": "tensorrt-rtx"}')
-    monkeypatch.setattr(runners, "gpu", lambda: None)
+    monkeypatch.setattr(cuda, "gpu", lambda: None)
     result = evaluate(folder, engine)
     assert (result.exit_code, result.stdout) == (4, "")
     assert "no GPU" in result.stderr

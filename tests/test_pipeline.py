@@ -35,7 +35,7 @@ from headwise.export.runners import OrtRunner
 from headwise.export.tensorrt import EngineInfo
 from headwise.gates.measure import Predictions, predict
 from headwise.model.checkpoint import load_checkpoint
-from headwise.pipeline import gatekeeper, planning, stages
+from headwise.pipeline import exporting, gatekeeper, planning, stages
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.run import Run, check, compress
 from headwise.pipeline.workspace import Workspace
@@ -76,7 +76,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -
     def broken(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(stages, where, broken)
+    monkeypatch.setattr(exporting if hasattr(exporting, where) else stages, where, broken)
 
 
 # ---------------------------------------------------------------------------------------------- the run that works
@@ -512,8 +512,8 @@ def test_a_graph_that_onnxruntime_refuses(folder: Path, monkeypatch: pytest.Monk
         onnx.save(model, str(out))
         return info
 
-    convert = stages.convert_precision
-    monkeypatch.setattr(stages, "convert_precision", broken)
+    convert = exporting.convert_precision
+    monkeypatch.setattr(exporting, "convert_precision", broken)
     found = run(folder, resume=False)
     assert (found.outcome, found.exit_code) == ("error", 3)
     assert statuses(found)["fp16"] == "error"

@@ -41,7 +41,9 @@ def clock(ms: Callable[[Layout], float], *, graphs: list[Layout] | None = None) 
         if graphs is not None:
             graphs.append(layout)
         value = ms(layout)
-        return Latency(median_ms=value, p90_ms=value, rounds=1, device="a clock", threads=1, method="input 1x7")
+        return Latency(
+            median_ms=value, p90_ms=value, rounds=1, device="a clock", threads=1, method="input 1x7", times_ms=(value,)
+        )
 
     return lambda first, second: (one(first), one(second))
 

@@ -41,8 +41,8 @@ from headwise.errors import DataError
 @click.option("--roofline", is_flag=True, help="Print what --gpu could reach with one graph at best; measures nothing.")
 @click.option("--gpu", help="For --roofline: rtx-3060, l4, h100, jetson-orin-nx, ...")
 @click.option("--ssh", "host", help="USER@BOARD: copy one bundle there, verify and time it, and bring the result back.")
-@click.option("-p", "--port", type=click.IntRange(1, 65535), help="For --ssh.")
-@click.option("-i", "--identity", help="For --ssh: a key file.")
+@click.option("--port", "-p", type=click.IntRange(1, 65535), help="For --ssh.")
+@click.option("--identity", "-i", help="For --ssh: a key file.")
 @click.option("--python", help="For --ssh: the interpreter there; python3 without it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with all times, instead of tables.")
 @errors_to_exit_codes

@@ -16,7 +16,7 @@ from headwise.cli.common import EXIT_CODES, errors_to_exit_codes, progress
 @click.option("--samples", type=click.IntRange(min=1), default=4, show_default=True, help="Samples in a golden input.")
 @errors_to_exit_codes
 def bundle(directory: Path, out: Path, triton: bool, samples: int) -> None:
-    """Put everything that a device needs of a finished run in one folder.
+    """Put what a device needs of a finished run in one folder.
 
     DIRECTORY is the --out of `headwise compress`; its checkpoint and its data have to be where they were. The bundle
     holds engines, graphs, the processor, golden inputs and outputs, a manifest with hashes, and headwise-verify.pyz,

@@ -44,10 +44,11 @@ def verify(
     tolerance: float | None,
     as_json: bool,
 ) -> int:
-    """Check a bundle on this machine: files, runtime, device, inputs and outputs, golden outputs, speed and memory.
+    """Check a bundle on this machine.
 
-    Without --engine and --onnx every file is checked, and the engine for this GPU is run; where there is none for it,
-    the graph on ONNX Runtime.
+    Files, runtime, device, inputs and outputs, golden outputs, speed and memory, one line each. Without --engine and
+    --onnx every file is checked, and the engine for this GPU is run; where there is none for it, the graph on ONNX
+    Runtime.
     """
     if (engine and onnx) or (record and not is_selftest):
         raise click.UsageError("--engine excludes --onnx, and --record needs --selftest")

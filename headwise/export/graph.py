@@ -166,18 +166,28 @@ def _expand(node: ir.Node, index: int, *, axis: int, like: int, like_axis: int) 
 
 
 def _say_sizes(node: ir.Node) -> None:
-    """Put the known size of an axis in the place of -1 where a shape is put together from single sizes."""
+    """Put the known size of an axis in the place of -1 where a shape is put together from single sizes.
+
+    Reshapes share shapes, and -1 may stand for another size in each: queries, keys and values of layers that have fewer
+    of some. So this one gets a shape of its own.
+    """
     target, reshaped = node.inputs[1], node.outputs[0].shape
     sizes = None if target is None else target.producer()
     if sizes is None or sizes.op_type != "Concat" or reshaped is None or len(sizes.inputs) != len(reshaped):
         return
+    parts, added = list(sizes.inputs), []
     for axis, (value, size) in enumerate(zip(sizes.inputs, reshaped, strict=True)):
         constant = None if value is None else ir.convenience.get_const_tensor(value)
-        if constant is not None and constant.numpy().tolist() == [-1] and isinstance(size, int) and node.graph:
-            told = ir.node("Constant", [], {"value": ir.tensor(np.array([size], np.int64))})
-            told.name = told.outputs[0].name = f"{sizes.name}_size_{axis}"
-            node.graph.insert_before(sizes, told)
-            sizes.replace_input_with(axis, told.outputs[0])
+        if constant is not None and constant.numpy().tolist() == [-1] and isinstance(size, int):
+            added.append(ir.node("Constant", [], {"value": ir.tensor(np.array([size], np.int64))}))
+            parts[axis] = added[-1].outputs[0]
+    if not added or node.graph is None:
+        return
+    added.append(ir.node("Concat", parts, {"axis": 0}))
+    for position, new in enumerate(added):
+        new.name = new.outputs[0].name = f"{node.name}_size_{position}"
+    node.graph.insert_before(node, added)
+    node.replace_input_with(1, added[-1].outputs[0])
 
 
 def _name_dims(
