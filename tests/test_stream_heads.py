@@ -365,7 +365,10 @@ def test_models_without_a_head_for_all_tokens_have_no_cache_to_export() -> None:
 
 
 def test_limits_say_which_models_cannot_stream() -> None:
-    for family, reason in (("bert", "only decoders"), ("gemma3", "its heads see the last tokens only already")):
+    for family, reason in (
+        ("albert", "windows are known for decoders without an encoder, and for encoders"),
+        ("gemma3", "its heads see the last tokens only already"),
+    ):
         found = limits(ModelView.of(make_model(family)))
         assert [text for text in found if text.startswith(f"stream-heads: refused, because {reason}")]
     assert not any("stream-heads" in text for text in limits(ModelView.of(make_model("llama"))))

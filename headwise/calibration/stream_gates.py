@@ -21,10 +21,11 @@ from headwise.calibration.streaming import GateTraining, Span
 from headwise.calibration.tasks import Batch, Examples, Task
 from headwise.model.access import watched_input
 from headwise.model.attend import replaced
+from headwise.model.bands import Band
 from headwise.model.forward import run, to_torch
 from headwise.model.masks import seen_keys
 from headwise.model.view import ModelView
-from headwise.model.windows import find_keys, visible
+from headwise.model.windows import visible_whole
 
 
 def train_gates(
@@ -65,7 +66,7 @@ def train_gates(
             target = _hidden(view, task, batch)
         with ExitStack() as stack, torch.enable_grad():
             for layer, gate in zip(view.attention, gates, strict=True):
-                stack.enter_context(replaced(layer.caller, _Mixed(gate, span)))
+                stack.enter_context(replaced(layer.caller, _Mixed(gate, span, layer.family.bidirectional)))
             lost = (_hidden(view, task, batch) - target).square().mean() / target.square().mean()
             (lost + training.penalty * torch.cat(gates).abs().mean()).backward()
         optimizer.step()
@@ -100,8 +101,9 @@ def _hidden(view: ModelView, task: Task, batch: Batch) -> torch.Tensor:
 class _Mixed:
     """Attention of a layer whose kv heads are gated: (K,) gates between full and streaming attention."""
 
-    def __init__(self, gate: torch.Tensor, span: Span) -> None:
-        self.gate, self.span = gate, span
+    def __init__(self, gate: torch.Tensor, span: Span, bidirectional: bool) -> None:
+        self.gate, self.bidirectional = gate, bidirectional
+        self.band = Band(span.sink, span.recent)
 
     def __call__(
         self,
@@ -113,8 +115,7 @@ class _Mixed:
         **options: Any,
     ) -> torch.Tensor:
         """See ``attend``."""
-        keys = find_keys(seen_keys(mask), self.span.sink, key.shape[2], 0)
-        near = visible(keys, self.span.sink, self.span.recent, query.shape[2])
+        near = visible_whole(seen_keys(mask), self.band, query.shape[2], key.shape[2], self.bidirectional)
         full, streaming = (
             sdpa_attention_forward(module, query, key, value, seen, **options)[0] for seen in (mask, near)
         )

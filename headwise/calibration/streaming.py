@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from headwise.model.bands import Band
 from headwise.model.view import AttentionView
-from headwise.model.windows import find_keys, visible
+from headwise.model.windows import visible_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class GateTraining:
 class Span:
     """What a streaming head sees: the first ``sink`` tokens of a text and the last ``recent``, its own included.
 
+    In a bidirectional layer it sees as many of the next tokens.
+
     Attributes:
         sink, recent: see above.
         training: how gates are found; None where nobody asks for them.
@@ -54,6 +57,7 @@ class WindowSums:
 
     def __init__(self, layer: AttentionView, span: Span) -> None:
         self.span = span
+        self._bidirectional = layer.family.bidirectional
         self.cost = torch.zeros(len(layer.layout.kv), dtype=torch.float64)
         self.tokens = 0
         self._output = layer.read().output.unflatten(1, (len(layer.layout.kv), -1))
@@ -71,8 +75,8 @@ class WindowSums:
     def _add(self, weights: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
         rows, _, tokens, _ = weights.shape
         valid = torch.ones(rows, tokens, dtype=torch.bool) if mask is None else mask
-        keys = find_keys(valid, self.span.sink, tokens, 0)
-        seen = visible(keys, self.span.sink, self.span.recent, tokens)
+        band = Band(self.span.sink, self.span.recent)
+        seen = visible_whole(mask, band, tokens, tokens, self._bidirectional)
         lost = (weights * ~seen).sum(-1, keepdim=True)
         left = weights * seen
         # A real token sees itself: some weight is left. Where none is lost, the sum must not differ from 1 by rounding.

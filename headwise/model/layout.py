@@ -46,6 +46,7 @@ class AttentionLayout:
         windows: for every kv head how many of the last tokens its readers see, their own included, and 0 where they
             see all; empty where all heads see all. Heads of one window are neighbours, those that see all come first.
         sink: first tokens of a text that heads with a window see as well.
+        bidirectional: heads with a window see as many of the next tokens as of the last ones (arXiv 2004.05150).
     """
 
     query: tuple[int, ...]
@@ -61,6 +62,7 @@ class AttentionLayout:
     tokens: TokenBudget | None = None
     windows: tuple[int, ...] = ()
     sink: int = 0
+    bidirectional: bool = False
 
     @property
     def group(self) -> int:
@@ -166,6 +168,7 @@ class AttentionLayout:
         latent = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(plain, name)}
         owner = {} if self.owner is None else {"owner": self.owner}
         windows = {"windows": list(self.windows), "sink": self.sink} if self.windows else {}
+        windows |= {"bidirectional": True} if self.bidirectional else {}
         tokens = {} if self.tokens is None else {"tokens": self.tokens.to_json()}
         online = {"online": self.online} if self.online else {}
         return data | represented | online | latent | owner | windows | tokens
@@ -186,6 +189,7 @@ class AttentionLayout:
             tokens=TokenBudget.from_json(data["tokens"]) if "tokens" in data else None,
             windows=tuple(data.get("windows", ())),
             sink=int(data.get("sink", 0)),
+            bidirectional=bool(data.get("bidirectional", False)),
         )
 
 

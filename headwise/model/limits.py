@@ -42,8 +42,8 @@ def _refused(layer: AttentionView) -> Iterator[str]:
 def why_not_streaming(layer: AttentionView) -> str:
     """Why no head of a layer can be given a window, as a clause behind "because"; empty where one can."""
     family = layer.family
-    if not family.causal or family.decoder:
-        return "only decoders without an encoder keep caches that windows would bound"
+    if not (layer.caches or family.bidirectional):
+        return "windows are known for decoders without an encoder, and for encoders that need a mask of padding only"
     if family.window and attribute(layer.module, family.window) is not None:
         return "its heads see the last tokens only already"
     if family.soft_cap and attribute(layer.module, family.soft_cap) is not None:

@@ -35,7 +35,8 @@ def stream_heads(view: AttentionView, edit: StreamHeads) -> None:
 def in_place(layout: AttentionLayout, edit: StreamHeads) -> AttentionLayout:
     """The layout in which heads get their windows where they are, for the twin."""
     windows = tuple(edit.windows.get(head, 0) for head in layout.kv)
-    return replace(layout, windows=windows, sink=edit.sink) if edit.windows else layout
+    found = replace(layout, windows=windows, sink=edit.sink, bidirectional=edit.bidirectional)
+    return found if edit.windows else layout
 
 
 def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The edit that lets kv heads stream: their readers see the first tokens and the last ones only. Pure data."""
+"""The edit that lets kv heads stream: their readers see the first and the nearest tokens only. Pure data."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ class StreamHeads:
         layer: index of the attention layer.
         windows: original id of a kv head -> how many of the last tokens its readers see, their own included.
         sink: first tokens of a text that they see as well.
+        bidirectional: whether they see as many of the next tokens.
     """
 
     type: ClassVar[str] = "stream-heads"
     layer: int
     windows: Mapping[int, int]
     sink: int
+    bidirectional: bool = False
 
     def check(self, layout: AttentionLayout) -> None:
         """Raise PlanError unless the heads are there, have keys of their own and see at least themselves."""
         refuse_streaming(self.layer, layout)
-        if layout.clustered or layout.compressed:
+        if layout.clustered or layout.compressed or layout.tokens is not None:
             raise PlanError(
-                f"layer {self.layer} is clustered, or its keys come from a latent or another layer",
-                expected="a layer whose heads have queries, keys and values of their own",
+                f"layer {self.layer} is clustered, keeps a share of the tokens, or its keys come from elsewhere",
+                expected="a layer whose heads have queries, keys and values of their own, of all tokens",
                 fix="put stream-heads in the place of these passes, not behind them",
             )
         unknown = sorted(set(self.windows) - set(layout.kv))
@@ -63,16 +65,19 @@ class StreamHeads:
             kv=tuple(kv),
             windows=tuple(self.windows.get(head, 0) for head in kv),
             sink=self.sink,
+            bidirectional=self.bidirectional,
         )
 
     def to_json(self) -> dict[str, Any]:
         windows = {str(head): window for head, window in self.windows.items()}
-        return {"type": self.type, "layer": self.layer, "windows": windows, "sink": self.sink}
+        both = {"bidirectional": True} if self.bidirectional else {}
+        return {"type": self.type, "layer": self.layer, "windows": windows, "sink": self.sink, **both}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamHeads:
         windows = {int(head): int(window) for head, window in data["windows"].items()}
-        return cls(layer=int(data["layer"]), windows=windows, sink=int(data["sink"]))
+        both = bool(data.get("bidirectional", False))
+        return cls(layer=int(data["layer"]), windows=windows, sink=int(data["sink"]), bidirectional=both)
 
 
 def refuse_streaming(layer: int, layout: AttentionLayout) -> None:

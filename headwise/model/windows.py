@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from headwise.model.bands import Band, attend_in_band, visible_in_band
 from headwise.model.layout import AttentionLayout
 from headwise.model.masks import seen_keys
 from headwise.model.window_cache import StreamingLayer
@@ -136,6 +137,10 @@ def attend_in_blocks(
     for index, (window, count) in enumerate(layout.blocks):
         queries = query[:, at * layout.group : (at + count) * layout.group]
         keys, values = (key[:, at : at + count], value[:, at : at + count]) if cache is None else cache.block(index)
+        at += count
+        if window and layout.bidirectional:
+            mixed.append(attend_in_band(module, Band(layout.sink, window), (queries, keys, values), mask, **options))
+            continue
         block_mask = mask
         if window:
             length = keys.shape[2]
@@ -144,15 +149,18 @@ def attend_in_blocks(
             if cache is not None:
                 cache.keep(index, sight.kept)
         mixed.append(sdpa_attention_forward(module, queries, keys, values, block_mask, **options)[0])
-        at += count
     return torch.cat(mixed, dim=2)
+
+
+def visible_whole(seen: torch.Tensor | None, band: Band, new: int, total: int, bidirectional: bool) -> torch.Tensor:
+    """(B, 1, T, S), true where a query of heads with a window sees a key, of all S tokens."""
+    if bidirectional:
+        return visible_in_band(seen, band, total)
+    return visible(find_keys(seen, band.sink, total, 0), *band, new)
 
 
 def visible_to_heads(layout: AttentionLayout, seen: torch.Tensor | None, new: int, total: int) -> torch.Tensor:
     """(B, N, T, S), true where a head sees a key: all heads side by side, in whatever order they are."""
-    keys = find_keys(seen, layout.sink, total, 0)
-    found = [
-        visible(keys, layout.sink, window or total, new).expand(-1, count * layout.group, -1, -1)
-        for window, count in layout.blocks
-    ]
-    return torch.cat(found, dim=1)
+    bands = [(Band(layout.sink, window or total), count * layout.group) for window, count in layout.blocks]
+    found = [(visible_whole(seen, band, new, total, layout.bidirectional), heads) for band, heads in bands]
+    return torch.cat([shown.expand(-1, heads, -1, -1) for shown, heads in found], dim=1)

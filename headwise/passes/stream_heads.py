@@ -25,11 +25,13 @@ Score = list[float]
 
 
 class StreamHeadsPass(Pass):
-    """Let the kv heads that need it least keep the first and the last tokens only; the others keep all."""
+    """Let the kv heads that need it least see the first and the last tokens only; in an encoder, a band."""
 
     name: ClassVar[str] = "stream-heads"
-    summary: ClassVar[str] = "some kv heads keep the first and the last tokens only, so that their cache stops growing"
-    paper: ClassVar[str] = "arXiv 2410.10819, 2501.01039"
+    summary: ClassVar[str] = (
+        "some kv heads see the first and the nearest tokens only: bounded caches, bands in encoders"
+    )
+    paper: ClassVar[str] = "arXiv 2410.10819, 2501.01039, 2004.05150"
 
     ratio: float | None = Field(default=None, gt=0, lt=1)
     """Share of the kv heads of all layers that stream: those with the lowest scores."""
@@ -38,8 +40,8 @@ class StreamHeadsPass(Pass):
     sink: int = Field(default=64, ge=0)
     """First tokens of a text that a streaming head sees."""
     recent: int | tuple[int, ...] = 256
-    """Last tokens that a streaming head sees, its query's own included. Several numbers: equal parts of the streaming
-    heads get one each, heads with lower scores smaller ones."""
+    """Last tokens that a streaming head sees, its query's own included; in an encoder as many next ones, too. Several
+    numbers: equal parts of the streaming heads get one each, heads with lower scores smaller ones."""
     score: Literal["statistic", "gates", "random"] = "statistic"
     """How much a kv head needs all tokens: ``statistic``, how much the layer output changes on calibration text when
     its readers stream; ``gates`` between full and streaming attention, trained on calibration text with the model
@@ -96,7 +98,8 @@ class StreamHeadsPass(Pass):
         for layer in view.attention:
             mine = {head: windows[layer.index, head] for head in layer.layout.kv if (layer.index, head) in windows}
             if mine:
-                edits.append(StreamHeads(layer=layer.index, windows=mine, sink=self.sink))
+                both = layer.family.bidirectional
+                edits.append(StreamHeads(layer=layer.index, windows=mine, sink=self.sink, bidirectional=both))
         notes = {layer.index: self._note(layer.index, scores) for layer in view.attention} if self._scored else {}
         return EditPlan(edits=tuple(edits), notes=notes)
 
@@ -143,10 +146,12 @@ class StreamHeadsPass(Pass):
                 f"{[list(layer.layout.kv) for layer in view.attention]}",
                 fix="number kv heads by their original ids, and write [] for a layer without streaming heads",
             )
-        if not 0 < len(chosen) < len(known):
+        # Encoders have no cache that needs a head with all tokens.
+        most = len(known) - any(layer.caches for layer in view.attention)
+        if not 0 < len(chosen) <= most:
             raise PlanError(
                 f"heads lets {len(chosen)} of {len(known)} kv heads stream",
-                expected="at least one head that streams, and one that sees all tokens",
+                expected="at least one head that streams, and in a decoder one that sees all tokens",
                 fix="change heads, or leave the pass out",
             )
         return chosen

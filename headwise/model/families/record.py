@@ -72,6 +72,8 @@ class Family:
         interleaved: the matrix is fused head by head: query, key and value of the first head, then of the second.
         transposed: weights are stored as (in, out), as in the Conv1D of GPT-2.
         causal: every token sees only itself and earlier tokens, whose keys and values a cache keeps.
+        bidirectional: every token sees all tokens, by the attention function of transformers, which gets no more than a
+            mask of padding; heads can be given bands.
         rotary: queries and keys are rotated by their position, in pairs of coordinates half a head apart.
         partial_rotary: only a leading part of every head is rotated; the config's rope parameters say how large it is.
         qk_norm: queries and keys are normalised between projection and score.
@@ -122,6 +124,7 @@ class Family:
     interleaved: bool = False
     transposed: bool = False
     causal: bool = False
+    bidirectional: bool = False
     rotary: bool = False
     partial_rotary: bool = False
     qk_norm: bool = False

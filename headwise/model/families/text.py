@@ -24,6 +24,7 @@ BERT = Family(
     output="output.dense",
     head_dim="self.attention_head_size",
     caller="self",
+    bidirectional=True,
     mlp=FeedForward(
         up="intermediate.dense", down="output.dense", residual="intermediate.dense", size="intermediate_size"
     ),
@@ -48,6 +49,7 @@ DISTILBERT = Family(
     value="v_lin",
     output="out_lin",
     head_dim="attention_head_size",
+    bidirectional=True,
     mlp=FeedForward(up="ffn.lin1", down="ffn.lin2", residual="ffn.lin1", size="hidden_dim"),
     bookkeeping={"n_heads": query_heads, "num_key_value_groups": group_size},
 )

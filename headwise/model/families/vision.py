@@ -24,6 +24,7 @@ VIT = Family(
     output="o_proj",
     head_dim="head_dim",
     patches=True,
+    bidirectional=True,
     mlp=FeedForward(up="mlp.fc1", down="mlp.fc2", residual="layernorm_after", size="intermediate_size"),
     bookkeeping={"num_attention_heads": query_heads, "num_key_value_groups": group_size},
     config={"num_attention_heads": query_heads, "head_dim": head_width},
@@ -41,4 +42,11 @@ DINOV2 = replace(
     other_mlp=(FeedForward(gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj"),),
 )
 
-CLIP_VISION = replace(CLIP_TEXT, name="clip-vision", model_types=("clip_vision_model",), patches=True, refuses={})
+CLIP_VISION = replace(
+    CLIP_TEXT,
+    name="clip-vision",
+    model_types=("clip_vision_model",),
+    patches=True,
+    bidirectional=True,
+    refuses={},
+)
