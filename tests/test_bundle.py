@@ -194,6 +194,13 @@ def test_a_run_that_lacks_only_its_engines_is_taken(base: Path, tmp_path: Path) 
         find_parts(with_engines("plain", base) / "out", {**report, "outcome": "not-run"})
 
 
+def test_limits_of_a_pass_are_no_matter_here(base: Path, tmp_path: Path) -> None:
+    report = json.loads((with_engines("plain", base) / "out" / "report.json").read_text())
+    gate = {**report["recipe"]["gate"], "stages": {"prune-heads": {"max_drop": 5.0}}}
+    out = run_with_report("plain", base, tmp_path, recipe={**report["recipe"], "gate": gate})
+    assert make_bundle(out, tmp_path / "bundle")["name"] == "bundle"
+
+
 def test_a_damaged_stage_is_named(base: Path, tmp_path: Path) -> None:
     out = run_with_report("plain", base, tmp_path)
     graph = out / "02-onnx" / "model.onnx"

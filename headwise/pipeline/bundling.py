@@ -67,8 +67,8 @@ def make_bundle(
     parts = find_parts(run, report)
     _refuse_other_content(out)
     watcher.work("load", 0)
-    # Nothing is compressed here: calibration data need not even be on this machine.
-    recipe = load_recipe({**report["recipe"], "passes": [], "calibration": None})
+    # Nothing is compressed or judged here: calibration data need not even be on this machine.
+    recipe = load_recipe({**report["recipe"], "passes": [], "calibration": None, "gate": {}})
     workspace = Workspace(load_checkpoint(untouched_model(report)), recipe)
     with building(out) as folder:
         watcher.work("golden outputs", 0)
