@@ -92,7 +92,7 @@ def train(model: MnistViT, images: torch.Tensor, digits: torch.Tensor, *, epochs
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += loss.item()
         click.echo(f"epoch {epoch + 1}: mean loss {total * epochs / steps:.4f}")
 
 
