@@ -6,7 +6,7 @@ queries and J of the K kv heads have keys; elsewhere R is N and J is K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,3 +38,23 @@ class Projections:
     output_bias: torch.Tensor | None
     further: Mapping[str, torch.Tensor]
     latent: LatentProjections | None = None
+
+    def of(self, queries: Sequence[int], kvs: Sequence[int]) -> Projections:
+        """Those of some heads, by position and in this order; for layers in which R is N and J is K."""
+        query, kv = list(queries), list(kvs)
+        return Projections(
+            query=self.query[query],
+            key=self.key[kv],
+            value=self.value[kv],
+            output=self.output[:, query],
+            query_bias=pick(self.query_bias, query),
+            key_bias=pick(self.key_bias, kv),
+            value_bias=pick(self.value_bias, kv),
+            output_bias=self.output_bias,
+            further={path: parts[query] for path, parts in self.further.items()},
+        )
+
+
+def pick(tensor: torch.Tensor | None, rows: Sequence[int]) -> torch.Tensor | None:
+    """Some rows of a bias or another tensor, in this order; None where there is none."""
+    return None if tensor is None else tensor[list(rows)]

@@ -34,7 +34,7 @@ from headwise.model.latent_surgery import (
 from headwise.model.latent_swap import RotaryLatent
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.mlp import MlpView
-from headwise.model.projections import Projections
+from headwise.model.projections import Projections, pick
 from headwise.model.shared_kv import SharedKV, ValueHeads, mapped
 from headwise.model.surgery_mlp import drop_neurons, reshape_mlp
 from headwise.model.surgery_windows import in_place, stream_heads
@@ -169,9 +169,9 @@ def _spread_clusters(view: AttentionView, edit: ClusterHeads) -> tuple[Projectio
         key=old.key[keys],
         value=old.value[values],
         output=old.output,
-        query_bias=_pick(old.query_bias, used),
-        key_bias=_pick(old.key_bias, keys),
-        value_bias=_pick(old.value_bias, values),
+        query_bias=pick(old.query_bias, used),
+        key_bias=pick(old.key_bias, keys),
+        value_bias=pick(old.value_bias, values),
         output_bias=old.output_bias,
         further={path: parts[used] for path, parts in old.further.items()},
     )
@@ -230,8 +230,8 @@ def cluster_heads(view: AttentionView, edit: ClusterHeads) -> None:
         old,
         query=old.query[queries],
         key=old.key[keys],
-        query_bias=_pick(old.query_bias, queries),
-        key_bias=_pick(old.key_bias, keys),
+        query_bias=pick(old.query_bias, queries),
+        key_bias=pick(old.key_bias, keys),
     )
     write(view, new, layout)
 
@@ -241,19 +241,7 @@ def drop_heads(view: AttentionView, edit: DropHeads) -> None:
     layout = edit.apply(view.layout)
     queries = [view.layout.query.index(head) for head in layout.query]
     kvs = [view.layout.kv.index(head) for head in layout.kv]
-    old = view.read()
-    new = Projections(
-        query=old.query[queries],
-        key=old.key[kvs],
-        value=old.value[kvs],
-        output=old.output[:, queries],
-        query_bias=_pick(old.query_bias, queries),
-        key_bias=_pick(old.key_bias, kvs),
-        value_bias=_pick(old.value_bias, kvs),
-        output_bias=old.output_bias,
-        further={path: parts[queries] for path, parts in old.further.items()},
-    )
-    write(view, new, layout)
+    write(view, view.read().of(queries, kvs), layout)
 
 
 def set_output(view: AttentionView | MlpView, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -310,7 +298,3 @@ def reshape(model: ModelView, layout: Layout) -> None:
     # Layouts of version 0.1.0 say nothing about neurons.
     for mlp, neurons in zip(model.mlp, layout.mlp, strict=False):
         reshape_mlp(mlp, neurons)
-
-
-def _pick(bias: torch.Tensor | None, heads: list[int]) -> torch.Tensor | None:
-    return None if bias is None else bias[heads]

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from headwise.model.edits import DropNeurons
 from headwise.model.layout import MlpLayout
 from headwise.model.mlp import MlpView
+from headwise.model.projections import pick
 from headwise.model.writing import write_mlp
 
 
@@ -24,10 +23,10 @@ def drop_neurons(view: MlpView, edit: DropNeurons) -> None:
     new = replace(
         old,
         up=old.up[kept],
-        gate=_pick(old.gate, kept),
+        gate=pick(old.gate, kept),
         down=old.down[:, kept],
-        up_bias=_pick(old.up_bias, kept),
-        gate_bias=_pick(old.gate_bias, kept),
+        up_bias=pick(old.up_bias, kept),
+        gate_bias=pick(old.gate_bias, kept),
     )
     write_mlp(view, new, layout)
 
@@ -44,7 +43,3 @@ def reshape_mlp(view: MlpView, layout: MlpLayout) -> None:
         gate_bias=None if old.gate_bias is None else old.gate_bias.new_zeros(count),
     )
     write_mlp(view, zeros, layout)
-
-
-def _pick(tensor: torch.Tensor | None, kept: list[int]) -> torch.Tensor | None:
-    return None if tensor is None else tensor[kept]
