@@ -44,7 +44,7 @@ class MnistViT(nn.Module):
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scores from images, (B, 1, 28, 28)."""
         tokens = self.patches(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.start.expand(len(tokens), -1, -1), tokens], dim=1) + self.positions
+        tokens = torch.cat([self.start.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.positions
         for block in self.blocks:
             tokens = block(tokens)
         state = self.norm(tokens[:, 0])
