@@ -66,30 +66,13 @@ def convert(
     task, examples = _calibration(resolved, shown)
     options = {"batch_size": resolved.batch_size, "seed": resolved.seed}
     blocks = Blockwise(source, resolved.edits, task, examples, options)
-    key = {
-        "checkpoint": shown.digest,
-        "passes": resolved.to_json()["passes"],
-        "calibration": examples.digest,
-        "task": resolved.task.model_dump(mode="json", exclude={"data"}),
-        **options,
-        **versions("torch"),
-        "headwise": source_digest(),
-    }
+    key = {**_key(shown, resolved, examples), **options}
     files = len(source) + len(source.others())
     folder = _Folder(Path(out), digest_json(key), files, resume=resume)
     if folder.finished is not None:
         return folder.finished
     folder.require_room(source)
-    streams = folder.continue_from(blocks)
-    for index in range(len(folder.layers), len(source)):
-        watcher.start(f"layer {index + 1}/{len(source)}")
-        converted = blocks.convert(index, streams, Steps(watcher, len(examples)))
-        folder.add(index, converted.tensors, converted.layout, converted.record)
-        streams, drift = converted.streams, converted.record["drift"]
-        # Nothing of this layer is to be in memory beside the next one.
-        del converted
-        folder.keep(streams)
-        watcher.finish(f"layer {index + 1}/{len(source)}", f"differs by {drift:.2%}")
+    _convert_layers(blocks, folder, watcher)
     watcher.start("rest")
     layout = folder.layout()
     before = source.view.layout
@@ -106,6 +89,32 @@ def convert(
             "calibration": {"source": examples.source, "digest": examples.digest, "samples": len(examples)},
         },
     )
+
+
+def _key(checkpoint: Checkpoint, recipe: Recipe, examples: Examples) -> dict[str, Any]:
+    """What a conversion depends on, beside batch size and seed."""
+    return {
+        "checkpoint": checkpoint.digest,
+        "passes": recipe.to_json()["passes"],
+        "calibration": examples.digest,
+        "task": recipe.task.model_dump(mode="json", exclude={"data"}),
+        **versions("torch"),
+        "headwise": source_digest(),
+    }
+
+
+def _convert_layers(blocks: Blockwise, folder: _Folder, watcher: Monitor) -> None:
+    """Convert and write every block that is not done yet."""
+    streams, count = folder.continue_from(blocks), len(blocks.source)
+    for index in range(len(folder.layers), count):
+        watcher.start(f"layer {index + 1}/{count}")
+        converted = blocks.convert(index, streams, Steps(watcher, len(blocks.examples)))
+        folder.add(index, converted.tensors, converted.layout, converted.record)
+        streams, drift = converted.streams, converted.record["drift"]
+        # Nothing of this layer is to be in memory beside the next one.
+        del converted
+        folder.keep(streams)
+        watcher.finish(f"layer {index + 1}/{count}", f"differs by {drift:.2%}")
 
 
 def _refuse_recipe(recipe: Recipe) -> None:
