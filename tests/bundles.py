@@ -19,7 +19,7 @@ from headwise.device.bundle import Bundle
 from headwise.errors import MachineError
 from headwise.export.tensorrt import EngineInfo
 from headwise.pipeline import stages
-from headwise.pipeline.bundling import make_bundle
+from headwise.pipeline.bundle.make import make_bundle
 
 TARGETS = "targets=[cpu, sm86, tensorrt/sm87]"
 _FILES = {"plain": plain_files, "story": story_files}

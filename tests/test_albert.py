@@ -18,7 +18,7 @@ from headwise.model import surgery
 from headwise.model.edits import DropHeads, EditPlan
 from headwise.model.forward import run
 from headwise.model.view import ModelView
-from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
+from headwise.pipeline.commands.inspection import inspect_checkpoint, inspection_table
 
 RUNS = 2
 

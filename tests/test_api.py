@@ -22,6 +22,8 @@ ORDER = (*LEAFS, "device", "model", "calibration", "passes", "export", "gates", 
 """A part imports parts before it. The leafs know nothing of the others."""
 BEFORE_PIPELINE = {"export": {"passes"}, "gates": {"passes"}}
 """Parts that come earlier but are none of the business of these: an export does not know which pass it follows."""
+BESIDE_THE_RUN = {"bench", "bundle", "commands", "regression"}
+"""Folders of pipeline/ that use the run and its report, and neither each other nor are used by these."""
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 330, 60, 6
 """Lines, lines without signature and docstring, parameters; those of ``forward`` and of commands are given."""
 
@@ -109,6 +111,18 @@ def test_import_direction(name: str) -> None:
             assert module.split(".")[1] in known, f"{name} imports {module}"
         else:
             assert module != "headwise", f"{name} imports the public names"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("pipeline/")])
+def test_folders_of_the_pipeline(name: str) -> None:
+    """The run uses the report and the quantize stage, the other folders use all that, and the report nothing."""
+    inner = Path(name).parts[1:-1]
+    here = inner[0] if inner else "run"
+    for module in imports(ROOT / name):
+        if module.startswith("headwise.pipeline."):
+            there = module.split(".")[2]
+            assert there == here or there not in BESIDE_THE_RUN, f"{name} imports {module}"
+            assert there == here or here != "report", f"{name} imports {module}"
 
 
 def test_every_part_is_in_the_order() -> None:

@@ -25,13 +25,13 @@ from headwise.export.decoder import DECODE
 from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
 from headwise.export.torch_variant import TorchVariant
 from headwise.export.variants import SINGLE, EngineVariant, GraphVariant, open_variant
-from headwise.pipeline import bench as bench_module
-from headwise.pipeline.bench import BenchOptions, bench
-from headwise.pipeline.bench_child import Served, memory
-from headwise.pipeline.bench_parent import Child
-from headwise.pipeline.bench_table import bench_table
+from headwise.pipeline.bench import rounds
+from headwise.pipeline.bench.child import Served, memory
+from headwise.pipeline.bench.parent import Child
+from headwise.pipeline.bench.rounds import BenchOptions, bench
+from headwise.pipeline.bench.table import bench_table
 from headwise.pipeline.folders import bench_graph, dense_graph, usual_tokens
-from headwise.pipeline.report import read_report
+from headwise.pipeline.report.document import read_report
 
 PAST = "past_key_values.0.key"
 IDS = {"input_ids": Port("int64", ("batch", "sequence"))}
@@ -151,7 +151,7 @@ CALLS: list[str] = []
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "Child", Fake)
+    monkeypatch.setattr(rounds, "Child", Fake)
     CALLS.clear()
 
 

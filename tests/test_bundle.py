@@ -21,12 +21,12 @@ from headwise.cli import main
 from headwise.device.arrays import Port
 from headwise.device.verify import Wanted, verify
 from headwise.errors import BundleError, DataError, ExportError, GateError, StorageError
-from headwise.pipeline import bundling
-from headwise.pipeline.bundle_files import write_archive
-from headwise.pipeline.bundle_parts import find_parts
-from headwise.pipeline.bundling import make_bundle
-from headwise.pipeline.golden import golden_inputs
-from headwise.pipeline.triton import config, write_repository
+from headwise.pipeline.bundle import make
+from headwise.pipeline.bundle.files import write_archive
+from headwise.pipeline.bundle.golden import golden_inputs
+from headwise.pipeline.bundle.make import make_bundle
+from headwise.pipeline.bundle.parts import find_parts
+from headwise.pipeline.bundle.triton import config, write_repository
 from headwise.tolerances import GOLDEN
 
 
@@ -237,12 +237,12 @@ def test_samples_that_no_engine_takes_are_an_error(base: Path) -> None:
 
 
 def test_golden_outputs_have_to_come_out_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = bundling.golden_outputs
+    real = make.golden_outputs
 
     def other(*arguments: Any) -> Any:
         return {c: {n: array + 1 for n, array in found.items()} for c, found in real(*arguments).items()}
 
-    monkeypatch.setattr(bundling, "golden_outputs", other)
+    monkeypatch.setattr(make, "golden_outputs", other)
     with pytest.raises(ExportError, match='does not give its own golden outputs: output "digit" is'):
         make_bundle(with_engines("plain", base) / "out", tmp_path / "bundle")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from runs import copied, run
 
 from headwise.cli import main
-from headwise.pipeline.baseline import Baseline
+from headwise.pipeline.regression.baseline import Baseline
 
 Report = dict[str, Any]
 PASS_STAGE = "prune-heads"

@@ -24,7 +24,8 @@ from headwise.model.limits import limits
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes import PASSES
-from headwise.pipeline import evaluation, run, stages
+from headwise.pipeline import run, stages
+from headwise.pipeline.commands import evaluation
 from headwise.pipeline.monitor import RichMonitor
 from headwise.pipeline.run import Run
 

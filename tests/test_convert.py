@@ -34,8 +34,8 @@ from headwise.model.blocks import Block, BlockSource
 from headwise.model.checkpoint import load_checkpoint
 from headwise.model.shards import INDEX, Shards, write_shard
 from headwise.passes.base import run_pass
-from headwise.pipeline.blockwise import Blockwise
-from headwise.pipeline.convert import REPORT, convert
+from headwise.pipeline.commands.blockwise import Blockwise
+from headwise.pipeline.commands.convert import REPORT, convert
 from headwise.pipeline.recipe import load_recipe
 
 SHARE = {"share-kv": {"kv_heads": 1}}

@@ -30,8 +30,8 @@ from headwise.passes.base import Pass, run_pass
 from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.share_layers import ShareLayersPass
 from headwise.pipeline.folders import runnable_graph
-from headwise.pipeline.report import read_report
-from headwise.pipeline.summary import engine_rows, notes
+from headwise.pipeline.report.document import read_report
+from headwise.pipeline.report.summary import engine_rows, notes
 
 HAS_BUILDER = importlib.util.find_spec("tensorrt_rtx") is not None
 

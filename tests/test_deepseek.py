@@ -23,7 +23,7 @@ from headwise.model.deepseek import as_deepseek
 from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.latent_kv import LatentKVPass
-from headwise.pipeline.plain import to_hf
+from headwise.pipeline.commands.plain import to_hf
 
 EVERY: dict[str, Any] = {"rank": 7, "frequencies": "every"}
 PLAIN = """

@@ -26,10 +26,10 @@ from headwise.model.checkpoint import load_checkpoint
 from headwise.passes.base import Pass, run_pass
 from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.share_layers import ShareLayersPass
-from headwise.pipeline.evaluation import evaluate_artifact
+from headwise.pipeline.commands.evaluation import evaluate_artifact
+from headwise.pipeline.commands.generation import Sampling, Writer, continue_prompts, open_writer
 from headwise.pipeline.folders import compressed_model, runnable_graph
-from headwise.pipeline.generation import Sampling, Writer, continue_prompts, open_writer
-from headwise.pipeline.report import read_report
+from headwise.pipeline.report.document import read_report
 
 MODELS = os.environ.get("HEADWISE_MODELS", "")
 TEXTS = {"t": "length", "e e f": "end", "a b c": "end", "k l": "end"}

@@ -29,7 +29,7 @@ from headwise.passes.base import PassRecord, make_plan, run_pass
 from headwise.passes.cluster_heads import ClusterHeadsPass
 from headwise.passes.latent_kv import LatentKVPass
 from headwise.passes.prune_heads import PruneHeads
-from headwise.pipeline.inspection import inspect_checkpoint
+from headwise.pipeline.commands.inspection import inspect_checkpoint
 
 KV = 2 * WIDTH
 """Numbers of keys and values per token in the tiny models here, whose heads are as wide as the model together."""

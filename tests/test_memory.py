@@ -15,8 +15,8 @@ from headwise.cli import main
 from headwise.errors import DataError
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.saving import save_checkpoint
-from headwise.pipeline.memory import memory_cost, parse_size
-from headwise.pipeline.report import REPORT, read_report
+from headwise.pipeline.commands.memory import memory_cost, parse_size
+from headwise.pipeline.report.document import REPORT, read_report
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from headwise.model.view import ModelView
 from headwise.passes import PASSES
 from headwise.passes.base import Pass, make_plan, run_pass
 from headwise.passes.prune_heads import PruneHeads
-from headwise.pipeline.inspection import inspect_checkpoint
+from headwise.pipeline.commands.inspection import inspect_checkpoint
 from headwise.tolerances import TWIN
 
 OPTIONS: dict[str, dict[str, Any]] = {

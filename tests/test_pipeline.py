@@ -35,7 +35,8 @@ from headwise.export.runners import OrtRunner
 from headwise.export.tensorrt import EngineInfo
 from headwise.gates.measure import Predictions, predict
 from headwise.model.checkpoint import load_checkpoint
-from headwise.pipeline import exporting, gatekeeper, planning, stages
+from headwise.pipeline import exporting, gatekeeper, stages
+from headwise.pipeline.commands import planning
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.run import Run, check, compress
 from headwise.pipeline.workspace import Workspace

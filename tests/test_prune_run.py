@@ -12,10 +12,10 @@ from runs import TEXT, run, text_files, write_recipe
 
 import headwise
 from headwise.model.layout import Layout
-from headwise.pipeline.neuron_tables import neuron_rows, neuron_tables
-from headwise.pipeline.planning import plan_passes, plan_table
-from headwise.pipeline.report import markdown
-from headwise.pipeline.report_html import html
+from headwise.pipeline.commands.planning import plan_passes, plan_table
+from headwise.pipeline.report.document import markdown
+from headwise.pipeline.report.html import html
+from headwise.pipeline.report.neuron_tables import neuron_rows, neuron_tables
 from headwise.pipeline.run import Run
 
 

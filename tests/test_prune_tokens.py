@@ -30,7 +30,7 @@ from headwise.model.token_select import keep_keys
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan, run_pass
 from headwise.passes.prune_tokens import PruneTokens, _spread
-from headwise.pipeline.head_maps import head_maps
+from headwise.pipeline.report.head_maps import head_maps
 from headwise.tolerances import TWIN
 
 ENCODERS = sorted(set(allowed("prune-tokens")) - DECODERS - SEQ2SEQ - {"clip", "clip-text"})

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 
 from headwise.cli import main
 from headwise.errors import DataError, HeadwiseError, MachineError, MissingDependencyError
-from headwise.pipeline.remote import VERIFY, Board, bench_remote
+from headwise.pipeline.bench.remote import VERIFY, Board, bench_remote
 
 SSHD = shutil.which("sshd") or (shutil.which("/usr/sbin/sshd") or "")
 CHECKS = [{"name": "golden", "outcome": "FAIL", "found": "digit differs by 0.5"}]

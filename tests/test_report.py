@@ -17,11 +17,11 @@ from rich.console import Console
 from headwise.errors import DataError, StorageError
 from headwise.model.edits import ClusterHeads, Edit, EditPlan, ShareKV
 from headwise.model.layout import Layout
-from headwise.pipeline import plots, summary
 from headwise.pipeline.forms import choose_form
-from headwise.pipeline.head_maps import head_maps
-from headwise.pipeline.report import junit, markdown, read_report, terminal, write_report
-from headwise.pipeline.report_html import html
+from headwise.pipeline.report import plots, summary
+from headwise.pipeline.report.document import junit, markdown, read_report, terminal, write_report
+from headwise.pipeline.report.head_maps import head_maps
+from headwise.pipeline.report.html import html
 
 Report = dict[str, Any]
 BASELINE = {"digit": ("accuracy", 98.55), "parity": ("f1", 98.99)}

@@ -14,7 +14,7 @@ from headwise.errors import DataError, TargetError
 from headwise.export.targets import resolve_target
 from headwise.gates.gpus import GPUS, Gpu, find_gpu
 from headwise.gates.roofline import roofline
-from headwise.pipeline.bounds import bound
+from headwise.pipeline.bench.bounds import bound
 
 GPU = Gpu(bandwidth=1e-3, tflops={"fp32": 1e-6, "fp16": 2e-6, "int8": 4e-6})  # 10^6 bytes and operations per second
 ONES = ",".join("1" * 32)

@@ -38,7 +38,7 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.prune_heads import PruneHeads
-from headwise.pipeline.inspection import inspect_checkpoint
+from headwise.pipeline.commands.inspection import inspect_checkpoint
 
 FAMILIES = sorted(SEQ2SEQ)
 BEHIND_CROSS = {"bart": "encoder_attn_layer_norm", "whisper": "final_layer_norm", "t5": "layer.2"}

@@ -27,8 +27,8 @@ from headwise.model.checkpoint import load_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import run_pass
 from headwise.passes.share_kv import ShareKVHeads
-from headwise.pipeline.planning import plan_passes
-from headwise.pipeline.report import markdown
+from headwise.pipeline.commands.planning import plan_passes
+from headwise.pipeline.report.document import markdown
 
 MODELS = os.environ.get("HEADWISE_MODELS", "")
 """Folder of real checkpoints by name, for the tests that need one."""

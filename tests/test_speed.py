@@ -17,10 +17,10 @@ from headwise.errors import RecipeError
 from headwise.gates.judge import GateSpec, Outcome
 from headwise.gates.slowness import Sizes, operator_times, why_not_faster
 from headwise.gates.speed import Speedup, judge_speed, speed_words
-from headwise.pipeline.baseline import Baseline
 from headwise.pipeline.recipe import load_recipe
-from headwise.pipeline.regression import compare
-from headwise.pipeline.report import junit, markdown, read_report
+from headwise.pipeline.regression.baseline import Baseline
+from headwise.pipeline.regression.compare import compare
+from headwise.pipeline.report.document import junit, markdown, read_report
 from headwise.pipeline.speeds import deployed, in_words, judge_stage
 
 BEFORE = Sizes(macs=1000, attention_macs=300, odd=(), half=False)

@@ -42,7 +42,7 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan, run_pass
 from headwise.passes.stream_heads import StreamHeadsPass
-from headwise.pipeline.memory import memory_cost, memory_table
+from headwise.pipeline.commands.memory import memory_cost, memory_table
 from headwise.tolerances import TWIN
 
 FAMILIES = ["llama", "qwen2", "qwen3", "phi3", "gpt2", "opt", "gpt-neox"]

@@ -26,8 +26,8 @@ from headwise.model.view import ModelView
 from headwise.passes.base import make_plan
 from headwise.passes.prune import Prune
 from headwise.pipeline import timing
-from headwise.pipeline.planning import plan_passes
-from headwise.pipeline.report import markdown
+from headwise.pipeline.commands.planning import plan_passes
+from headwise.pipeline.report.document import markdown
 
 
 def write(view: ModelView, path: Path) -> None:

@@ -20,11 +20,11 @@ from headwise.gates.judge import GateSpec, Outcome
 from headwise.gates.measure import Measurement
 from headwise.model.checkpoint import load_checkpoint
 from headwise.model.tiny import shortened, tiny_checkpoint
-from headwise.pipeline.baseline import Baseline
-from headwise.pipeline.bundle_parts import find_parts
+from headwise.pipeline.bundle.parts import find_parts
 from headwise.pipeline.recipe import load_recipe
-from headwise.pipeline.regression import accept, compare
-from headwise.pipeline.report import read_report
+from headwise.pipeline.regression.baseline import Baseline
+from headwise.pipeline.regression.compare import accept, compare
+from headwise.pipeline.report.document import read_report
 from headwise.pipeline.tiny import NOT_JUDGED, judge_structure, shrink
 
 CI_PAGE = Path(__file__).parents[1] / "docs" / "ci.md"

@@ -44,7 +44,7 @@ def demo(out: str) -> int:
     """
     with progress() as monitor:
         from headwise.demo.run import run_demo
-        from headwise.pipeline.report import terminal
+        from headwise.pipeline.report.document import terminal
 
         run = run_demo(Path(out), monitor)
     show(terminal(run.report))
@@ -66,7 +66,7 @@ def demo(out: str) -> int:
 def inspect(checkpoint: str, as_json: bool, sequence: int) -> None:
     """Show the attention layers and the cost of a checkpoint."""
     with progress():
-        from headwise.pipeline.inspection import inspect_checkpoint, inspection_table
+        from headwise.pipeline.commands.inspection import inspect_checkpoint, inspection_table
 
         found = inspect_checkpoint(checkpoint, sequence)
     show_or_dump(found, inspection_table, as_json=as_json)
@@ -84,7 +84,7 @@ def plan(checkpoint: str, recipe: str, overrides: tuple[str, ...], as_json: bool
     Changes nothing and writes nothing.
     """
     with progress() as monitor:
-        from headwise.pipeline.planning import plan_passes, plan_table
+        from headwise.pipeline.commands.planning import plan_passes, plan_table
 
         plans = plan_passes(checkpoint, recipe, overrides, monitor=monitor)
     show_or_dump(plans, plan_table, as_json=as_json)
@@ -126,7 +126,7 @@ def compress(
             fix="leave one out",
         )
     with progress() as monitor:
-        from headwise.pipeline.report import terminal
+        from headwise.pipeline.report.document import terminal
         from headwise.pipeline.run import check, compress
 
         if dry_run:
@@ -164,7 +164,7 @@ def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple
     A graph or an engine from a run knows its checkpoint; name it with --reference otherwise.
     """
     with progress() as monitor:
-        from headwise.pipeline.evaluation import evaluate_artifact, evaluation_table
+        from headwise.pipeline.commands.evaluation import evaluate_artifact, evaluation_table
 
         found = evaluate_artifact(artifact, recipe, reference=reference, overrides=overrides, monitor=monitor)
     show_or_dump(found, evaluation_table, as_json=as_json)
@@ -179,14 +179,14 @@ def evaluate(artifact: str, recipe: str, reference: str | None, overrides: tuple
 @errors_to_exit_codes
 def report(directory: Path, form: str | None) -> None:
     """Show the report of a run again. DIRECTORY is the --out of `headwise compress`."""
-    from headwise.pipeline import report as reports
-    from headwise.pipeline.report_html import html
+    from headwise.pipeline.report import document
+    from headwise.pipeline.report.html import html
 
-    found = reports.read_report(directory)
+    found = document.read_report(directory)
     if form is None:
-        show(reports.terminal(found))
+        show(document.terminal(found))
     else:
-        click.echo({"html": html, "markdown": reports.markdown, "junit": reports.junit}[form](found))
+        click.echo({"html": html, "markdown": document.markdown, "junit": document.junit}[form](found))
 
 
 @main.command(epilog=EXIT_CODES)
@@ -206,16 +206,17 @@ def check(directory: Path, against: Path, update: bool, junit: Path | None, as_j
     them. In a job of GitHub the result is also an annotation and a part of the job summary.
     """
     from headwise.artifacts import write_atomic
-    from headwise.pipeline import ci, regression_report
-    from headwise.pipeline.baseline import Baseline
-    from headwise.pipeline.regression import accept, compare
+    from headwise.pipeline.regression import texts
+    from headwise.pipeline.regression.baseline import Baseline
+    from headwise.pipeline.regression.compare import accept, compare
+    from headwise.pipeline.report import ci
 
     found = accept(directory, against) if update else compare(directory, Baseline.read(against))
-    show_or_dump(found.to_json() if as_json else found, regression_report.table, as_json=as_json)
+    show_or_dump(found.to_json() if as_json else found, texts.table, as_json=as_json)
     if junit is not None:
-        write_atomic(junit, regression_report.junit(found))
-    ci.add_summary(regression_report.markdown(found))
-    for line in ci.commands(regression_report.as_annotations(found)):
+        write_atomic(junit, texts.junit(found))
+    ci.add_summary(texts.markdown(found))
+    for line in ci.commands(texts.as_annotations(found)):
         click.echo(line, err=as_json)
     if update:
         click.echo(f"{against} was {'not ' if found.exit_code == 1 else ''}written", err=True)
@@ -225,7 +226,7 @@ def check(directory: Path, against: Path, update: bool, junit: Path | None, as_j
 @main.command()
 def passes() -> None:
     """List the passes that a recipe can use, with their options."""
-    from headwise.pipeline.catalogue import passes_table
+    from headwise.pipeline.commands.catalogue import passes_table
 
     show(passes_table())
 
@@ -249,8 +250,8 @@ main.add_command(verify)
 
 def _tell_ci(report: Mapping[str, Any]) -> None:
     """What did not pass as annotations, and the report as a job summary, where a CI service takes them."""
-    from headwise.pipeline import ci
-    from headwise.pipeline.report import markdown
+    from headwise.pipeline.report import ci
+    from headwise.pipeline.report.document import markdown
 
     ci.add_summary(markdown(report))
     for line in ci.commands(ci.of_report(report)):

@@ -59,9 +59,9 @@ def bench(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
     if bound["roofline"] or bound["gpu"] is not None:
         return _bound(artifacts, bound, options, as_json=as_json)
     with progress() as monitor:
-        from headwise.pipeline.bench import BenchOptions
-        from headwise.pipeline.bench import bench as measure
-        from headwise.pipeline.bench_table import bench_table
+        from headwise.pipeline.bench.rounds import BenchOptions
+        from headwise.pipeline.bench.rounds import bench as measure
+        from headwise.pipeline.bench.table import bench_table
 
         found = measure(artifacts, BenchOptions(**options), monitor=monitor)
     show_or_dump(found, bench_table, as_json=as_json)
@@ -69,7 +69,7 @@ def bench(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
 
 
 def _bound(artifacts: tuple[str, ...], given: dict[str, Any], options: dict[str, Any], *, as_json: bool) -> int:
-    from headwise.pipeline.bounds import bound, bound_table
+    from headwise.pipeline.bench.bounds import bound, bound_table
 
     if len(artifacts) != 1 or not given["roofline"]:
         raise DataError(
@@ -83,7 +83,7 @@ def _bound(artifacts: tuple[str, ...], given: dict[str, Any], options: dict[str,
 
 
 def _on_board(artifacts: tuple[str, ...], given: dict[str, Any], rounds: int, *, as_json: bool) -> int:
-    from headwise.pipeline.remote import Board, bench_remote, remote_table
+    from headwise.pipeline.bench.remote import Board, bench_remote, remote_table
 
     if len(artifacts) != 1 or given["host"] is None:
         raise DataError(

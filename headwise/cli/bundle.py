@@ -23,7 +23,7 @@ def bundle(directory: Path, out: Path, triton: bool, samples: int) -> None:
     which verifies it on the device with numpy, click and the runtime alone.
     """
     with progress() as monitor:
-        from headwise.pipeline.bundling import make_bundle
+        from headwise.pipeline.bundle.make import make_bundle
 
         made = make_bundle(directory, out, samples=samples, triton=triton, monitor=monitor)
     size = sum(file["bytes"] for file in made["files"].values())

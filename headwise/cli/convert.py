@@ -23,8 +23,8 @@ def convert(checkpoint: str, recipe: str, out: str, overrides: tuple[str, ...], 
     interrupted. Nothing is judged: `headwise evaluate` measures the result where it fits in memory.
     """
     with progress() as monitor:
-        from headwise.pipeline.convert import conversion_table
-        from headwise.pipeline.convert import convert as run
+        from headwise.pipeline.commands.convert import conversion_table
+        from headwise.pipeline.commands.convert import convert as run
 
         report = run(checkpoint, recipe, out, overrides=overrides, resume=not no_resume, monitor=monitor)
     show_or_dump(report, conversion_table, as_json=as_json)
@@ -44,7 +44,7 @@ def to_hf(artifact: str, out: str) -> None:
     the reason.
     """
     with progress():
-        from headwise.pipeline.plain import to_hf as save
+        from headwise.pipeline.commands.plain import to_hf as save
 
         found = save(artifact, out)
     click.echo(f"{found['folder']} is a {found['model_type']}; logits differ by {found['difference']:.1e}")

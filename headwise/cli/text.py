@@ -39,7 +39,7 @@ def generate(artifact: str, prompts: tuple[str, ...], prompts_file: Path | None,
     A decoder's graph is exported with its cache, so that a token costs one call with one token.
     """
     with progress():
-        from headwise.pipeline.generation import Sampling, continue_prompts, open_writer, read_prompts
+        from headwise.pipeline.commands.generation import Sampling, continue_prompts, open_writer, read_prompts
 
         texts = [*prompts, *([] if prompts_file is None else read_prompts(prompts_file))]
         sampling = Sampling(**{name: options[name] for name in ("temperature", "top_k", "seed")})
@@ -80,7 +80,7 @@ def cost(artifact: str, memory: str | None, as_json: bool, **options: Any) -> No
     ARTIFACT is the folder of a run, or a checkpoint.
     """
     with progress():
-        from headwise.pipeline.memory import memory_cost, memory_table, parse_size
+        from headwise.pipeline.commands.memory import memory_cost, memory_table, parse_size
 
         size = None if memory is None else parse_size(memory)
         found = memory_cost(artifact, memory=size, **options)

@@ -7,8 +7,8 @@ from pathlib import Path
 from headwise.errors import DataError
 from headwise.export.targets import CPU
 from headwise.pipeline.graphs import GRAPH, MODEL
-from headwise.pipeline.report import REPORT, read_report
-from headwise.pipeline.summary import Report, Stage
+from headwise.pipeline.report.document import REPORT, read_report
+from headwise.pipeline.report.summary import Report, Stage
 
 _USED = ("passed", "warned")
 

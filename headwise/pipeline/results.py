@@ -17,7 +17,7 @@ from headwise.gates.cost import device_name
 from headwise.gates.judge import GateSpec, Outcome, Verdict
 from headwise.gates.measure import Measurement
 from headwise.pipeline.monitor import Monitor
-from headwise.pipeline.report import SCHEMA, write_json
+from headwise.pipeline.report.document import SCHEMA, write_json
 from headwise.pipeline.store import installed_version
 from headwise.pipeline.tiny import NOT_JUDGED
 from headwise.pipeline.workspace import Workspace

@@ -15,7 +15,7 @@ from headwise.model.checkpoint import load_checkpoint
 from headwise.model.tiny import tiny_checkpoint
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import Recipe, is_cpu, load_recipe
-from headwise.pipeline.report import write_report
+from headwise.pipeline.report.document import write_report
 from headwise.pipeline.results import Results, Stopped
 from headwise.pipeline.stages import Stages, check_targets
 from headwise.pipeline.store import Store

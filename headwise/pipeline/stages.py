@@ -25,7 +25,7 @@ from headwise.pipeline.exporting import Exporter
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel
 from headwise.pipeline.monitor import Monitor, Steps
-from headwise.pipeline.quantizing import Quantizer
+from headwise.pipeline.quantize.stage import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.shapes import sequence_limit

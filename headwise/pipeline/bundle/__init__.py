@@ -1,0 +1,1 @@
+"""Everything that the device needs of a finished run, in one folder."""

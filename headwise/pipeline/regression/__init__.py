@@ -1,0 +1,1 @@
+"""A finished run judged with the limits of one that was accepted."""
