@@ -103,9 +103,10 @@ def test_scopes_weights_and_attention(tmp_path: Path) -> None:
     assert cost.file_bytes == path.stat().st_size
 
 
-def test_shapes_that_depend_on_the_data_are_measured(tmp_path: Path) -> None:
-    body = "i = NonZero(x) t = Transpose(i) f = Cast<to=1>(t) y = MatMul(f, w)"
-    path = graph(tmp_path, "(float[3, 2] x, float[2, 5] w) => (float[n, 5] y)", body)
+@pytest.mark.parametrize(("dtype", "code"), [("float", 1), ("bfloat16", 16)])
+def test_shapes_that_depend_on_the_data_are_measured(tmp_path: Path, dtype: str, code: int) -> None:
+    body = f"i = NonZero(x) t = Transpose(i) f = Cast<to={code}>(t) y = MatMul(f, w)"
+    path = graph(tmp_path, f"({dtype}[3, 2] x, {dtype}[2, 5] w) => ({dtype}[n, 5] y)", body)
     assert graph_cost(path, {"x": (3, 2), "w": (2, 5)}).macs == 6 * 2 * 5  # all six inputs are ones
 
 

@@ -15,6 +15,12 @@ def widen(source: Path, target: Path) -> None:
     What differs from the bf16 graph is the rounding between its nodes.
     """
     model = onnx.load(str(source))
+    widen_model(model)
+    onnx.save(model, str(target))
+
+
+def widen_model(model: onnx.ModelProto) -> None:
+    """The same to a graph in memory, in place."""
     graph = model.graph
     for tensor in graph.initializer:
         _widen(tensor)
@@ -26,7 +32,6 @@ def widen(source: Path, target: Path) -> None:
             attribute.i = TensorProto.FLOAT
         if attribute.type == AttributeProto.TENSOR:
             _widen(attribute.t)
-    onnx.save(model, str(target))
 
 
 def _widen(tensor: TensorProto) -> None:

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from headwise.device.machine import cpu_model
 from headwise.errors import ExportError
 from headwise.export.graph import module_path
+from headwise.export.widen import widen_model
 from headwise.gates.macs import Shape, counts, macs
 
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -221,6 +222,7 @@ def _symbols(graph: onnx.GraphProto, shapes: Mapping[str, Shape]) -> dict[str, i
 def _measured_shapes(path: Path, shapes: Mapping[str, Shape], names: set[str]) -> dict[str, Shape]:
     """Shapes that inference cannot tell, from one run with all inputs at one."""
     model = onnx.load(str(path))
+    widen_model(model)
     outputs = {value.name for value in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - outputs))
     feed = {}
