@@ -203,10 +203,10 @@ def test_evaluate_feeds_a_graph_with_a_cache(folder: Path) -> None:
 
 STORIES: tuple[Pass | None, ...] = (
     None,
-    LatentKVPass(rank=12, rotary=4),
-    LatentKVPass(rank=16, route="rebuild"),
-    ShareLayersPass(rank=32),
-    ShareLayersPass(how="mean"),
+    LatentKVPass(rank=12, rotary=4, refit=False),
+    LatentKVPass(rank=16, route="rebuild", refit=False),
+    ShareLayersPass(rank=32, refit=False),
+    ShareLayersPass(how="mean", refit=False),
 )
 
 
@@ -221,7 +221,7 @@ def test_a_trained_model_tells_the_stories_that_torch_tells(pass_: Pass | None, 
     prompts = ["Once upon a time", "Lily", "The big dog was very", "One day, a girl named Lily went to the park with"]
     options = LanguageOptions(type="language-modeling", data=DataSpec(path="unread.txt", format="text"))
     task = make_task(options)
-    examples = task.encode(Table({"text": prompts}, digest="", source="prompts"), checkpoint)
+    examples = task.encode(Table(columns={"text": prompts}, digest="", source="prompts"), checkpoint)
     if pass_ is not None:
         run_pass(pass_, view, load_checkpoint(source).view(), task, examples)
     export_model(view, examples, tmp_path / "model.onnx", ExportSpec())
