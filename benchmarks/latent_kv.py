@@ -54,11 +54,17 @@ REFITTED: tuple[tuple[str, Row], ...] = (
     ("share-layers", {"rank": 256}),
     ("latent-kv", {"rank": 192}),
     ("latent-kv", {"rank": 256}),
+    ("share-layers", {"rank": 128, "refit_mlp": True}),
+    ("share-layers", {"rank": 256, "refit_mlp": True}),
+    ("share-layers", {"refit_mlp": True}),
+    ("latent-kv", {"rank": 96, "refit_mlp": True}),
     ("share-layers", {"rank": 64}),
     ("share-layers", {"how": "reuse"}),
     ("share-layers", {"how": "mean"}),
 )
-PUSHED: tuple[Row, ...] = ({"factor": 3, "rank": 96}, {"factor": 2, "rank": 128}, {"factor": 6, "rank": 96})
+PUSHED: tuple[Row, ...] = tuple(
+    {"factor": factor, "rank": rank, "refit_mlp": True} for factor, rank in ((3, 96), (2, 128), (6, 96))
+)
 """Groups of layers with one latent, judged in float16, INT8 and INT4."""
 QUANTIZED = (128, 64)
 """Ranks of latents that are also judged in INT8."""

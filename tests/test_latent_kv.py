@@ -20,7 +20,7 @@ from headwise.gates.model_cost import model_cost
 from headwise.model import latent_surgery
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 from headwise.model.edits import EditPlan, LatentKV
-from headwise.model.forward import run
+from headwise.model.forward import run, to_torch
 from headwise.model.latent import LatentKeys, Slot
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.saving import save_checkpoint
@@ -75,6 +75,18 @@ def test_errors_grow_as_ranks_shrink_and_the_refit_repairs_some() -> None:
     assert errors == sorted(errors)
     _, _, record = compress("bert", rank=8)
     assert all(fit["after"] < fit["before"] for fit in record.refit)
+    assert {fit["part"] for fit in record.refit} == {"attention"}
+
+
+def test_mlps_make_good_a_part_of_what_a_small_latent_lost() -> None:
+    left = []
+    for also in (False, True):
+        view, teacher, record = compress("bert", rank=4, ridge=1e-3, refit_mlp=also)
+        assert {fit["part"] for fit in record.refit} == ({"attention", "mlp"} if also else {"attention"})
+        (batch,) = samples(view, "bert")[1].batches(1000)
+        found, wanted = (run(model.module, to_torch(batch.inputs)) for model in (view, teacher))
+        left.append(float((found["last_hidden_state"] - wanted["last_hidden_state"]).square().mean()))
+    assert left[1] < 0.9 * left[0]
 
 
 def test_the_lost_energy_is_the_error_on_the_data() -> None:

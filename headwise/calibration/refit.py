@@ -109,12 +109,10 @@ def fit_output(
             tokens += len(o)
         if progress is not None:
             progress(len(batch.samples))
-    if tokens < features:
-        raise DataError(
-            f"{tokens} calibration tokens for {features} features of {'MLP' if mlp else 'layer'} {layer}",
-            expected=f"at least {features}, better ten times as many",
-            fix="raise calibration.samples, or set refit: false",
-        )
+    if mlp:
+        require_tokens(tokens, features, f"MLP {layer}", "set refit: false (refit_mlp where the pass has it)")
+    else:
+        require_tokens(tokens, features, f"layer {layer}", "set refit: false")
     solved = solve(gram, cross, weight, ridge, constant=old_bias is not None)
     return OutputFit(
         layer=layer,
@@ -123,6 +121,16 @@ def fit_output(
         before=error(gram, cross, energy, weight),
         after=error(gram, cross, energy, solved),
     )
+
+
+def require_tokens(tokens: int, features: int, of: str, otherwise: str) -> None:
+    """Raise DataError where a least squares problem has fewer tokens than features."""
+    if tokens < features:
+        raise DataError(
+            f"{tokens} calibration tokens for {features} features of {of}",
+            expected=f"at least {features}, better ten times as many",
+            fix=f"raise calibration.samples, or {otherwise}",
+        )
 
 
 def solve(

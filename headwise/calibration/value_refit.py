@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from headwise.calibration.refit import OutputFit, error, observe, solve, target
+from headwise.calibration.refit import OutputFit, error, observe, require_tokens, solve, target
 from headwise.calibration.tasks import Examples
 from headwise.calibration.tokens import valid_mask, valid_tokens
-from headwise.errors import DataError
 from headwise.model.access import watched_input
 from headwise.model.forward import to_torch
 from headwise.model.projections import Projections
@@ -88,12 +87,7 @@ def fit_values(
         problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
         if progress is not None:
             progress(len(batch.samples))
-    if problem.tokens < len(problem.gram):
-        raise DataError(
-            f"{problem.tokens} calibration tokens for {len(problem.gram)} features of layer {layer}",
-            expected=f"at least {len(problem.gram)}, better ten times as many",
-            fix="raise calibration.samples, or set rounds: 0",
-        )
+    require_tokens(problem.tokens, len(problem.gram), f"layer {layer}", "set rounds: 0")
     before = problem.error()
     problem.solve_output()
     for _ in range(rounds):

@@ -12,7 +12,7 @@ from headwise.model.edits import ClusterHeads, ClusterOnline, Edit, EditPlan
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
 from headwise.passes.clustering import Clusters, by_cost, by_similarity, elbow
-from headwise.passes.recovery import Part, Recovery
+from headwise.passes.recovery import Recovery
 
 
 class ClusterHeadsPass(Pass):
@@ -66,8 +66,7 @@ class ClusterHeadsPass(Pass):
         return Stat.REPAIRED_COST if self.refit else Stat.EXCHANGE_COST
 
     def recovery(self) -> Recovery:
-        parts = frozenset[Part]({"attention", "mlp"} if self.refit_mlp else {"attention"})
-        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge, parts=parts)
+        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         counts = self._counts(view, stats)

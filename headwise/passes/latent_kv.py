@@ -77,8 +77,12 @@ class LatentKVPass(Pass):
     """Tokens of a typical sequence, for ``select: change``."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
+    refit_mlp: bool = False
+    """With refit: the down projections of the MLPs behind them too, in the order in which all of them run. They make
+    good a part of what attention could not, the more the less is kept; this takes as many calibration tokens as an MLP
+    has neurons, and several times as long."""
     ridge: float = Field(default=0.1, gt=0)
-    """Pull of the refit towards the present weights, in units of the mean squared head output."""
+    """Pull of the refit towards the present weights, in units of the mean squared feature."""
 
     @model_validator(mode="after")
     def _one_size(self) -> LatentKVPass:
@@ -97,7 +101,7 @@ class LatentKVPass(Pass):
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge)
 
     def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
         if self.budget is not None:

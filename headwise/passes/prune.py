@@ -16,7 +16,7 @@ from headwise.passes.elimination import Order
 from headwise.passes.ladder import Ladder, climb, rungs, step_ends
 from headwise.passes.orders import NEEDS, head_orders, neuron_edits, neuron_notes, neuron_orders
 from headwise.passes.prices import Prices, Saved, in_macs, in_milliseconds
-from headwise.passes.recovery import Part, Recovery
+from headwise.passes.recovery import EVERY, Recovery
 
 
 class Prune(Pass):
@@ -64,8 +64,7 @@ class Prune(Pass):
         return self.latency is not None
 
     def recovery(self) -> Recovery:
-        every = frozenset[Part]({"attention", "mlp"})
-        return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, parts=every)
+        return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, parts=EVERY)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:

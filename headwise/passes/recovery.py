@@ -21,6 +21,7 @@ from headwise.model.shared_kv import ValueHeads
 from headwise.model.view import AttentionView, ModelView
 
 Part = Literal["attention", "mlp"]
+EVERY: frozenset[Part] = frozenset({"attention", "mlp"})
 Progress = Callable[[str, int], None]
 """Called with what is being done and how many calibration samples of it just finished."""
 
@@ -42,6 +43,12 @@ class Recovery:
     ridge: float
     rounds: int = 0
     parts: frozenset[Part] = frozenset({"attention"})
+
+    @classmethod
+    def of_attention(cls, *, refit: bool, mlp: bool, ridge: float) -> Recovery:
+        """Refits of edited attention layers and all behind them, and of the MLPs behind them too if ``mlp``."""
+        parts = EVERY if mlp else frozenset[Part]({"attention"})
+        return cls(fold_mean=False, refit=refit, ridge=ridge, parts=parts)
 
     def means(self) -> frozenset[Stat]:
         """The statistics that folding means takes."""

@@ -47,8 +47,12 @@ class ShareLayersPass(Pass):
     """Give keys and values of every layer the same say, whatever their sizes."""
     refit: bool = True
     """Refit the output projections in closed form afterwards."""
+    refit_mlp: bool = False
+    """With refit: the down projections of the MLPs behind them too, in the order in which all of them run. They make
+    good a part of what attention could not, the more the less is kept; this takes as many calibration tokens as an MLP
+    has neurons, and several times as long."""
     ridge: float = Field(default=0.1, gt=0)
-    """Pull of the refit towards the present weights, in units of the mean squared head output."""
+    """Pull of the refit towards the present weights, in units of the mean squared feature."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> ShareLayersPass:
@@ -60,7 +64,7 @@ class ShareLayersPass(Pass):
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT, Stat.CROSS_MOMENT})
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge)
+        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge)
 
     def for_layers(self, count: int) -> Self:
         left = [tuple(layer for layer in group if layer < count) for group in self.groups or ()]
