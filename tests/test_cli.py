@@ -33,8 +33,8 @@ from headwise.pipeline.store import installed_version
 
 COMMANDS: dict[str, list[str]] = {
     "bench": [
-        *("artifacts", "--provider", "--threads", "--batch", "--seq", "--past", "--vocabulary", "--rounds", "--warmup"),
-        *("--confidence", "--roofline", "--gpu", "--ssh", "--port", "--identity", "--python", "--json"),
+        *("artifacts", "--provider", "--threads", "--batch", "--seq", "--past", "--vocabulary", "--rounds", "--starts"),
+        *("--warmup", "--confidence", "--roofline", "--gpu", "--ssh", "--port", "--identity", "--python", "--json"),
     ],
     "bundle": ["directory", "--out", "--samples", "--triton"],
     "check": ["directory", "--against", "--update", "--junit", "--json"],
