@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from headwise.export.runners import TorchRunner
 from headwise.gates.cost import device_name
 from headwise.gates.measure import Predictions, measure, predict
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
+from headwise.pipeline.store import installed_version
 
 Row = dict[str, Any]
 
@@ -171,7 +171,7 @@ class Results:
         packages = ("headwise", "torch", "transformers", "numpy", "scipy")
         parts[part] = {
             "command": shlex.join(["python", *sys.argv]),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in packages}},
             "device": device_name(),
             "threads": torch.get_num_threads(),
             **content,

@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from headwise.export.runners import OrtRunner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.measure import measure, predict
 from headwise.model.checkpoint import load_checkpoint
+from headwise.pipeline.store import installed_version
 
 ALL = ("sm75", "sm86", "sm89", "sm120")
 AMPERE, ADA, BLACKWELL = ALL[1:], ALL[2:], ALL[3:]
@@ -310,7 +310,7 @@ def save(inputs: Inputs, part: str, content: Row) -> None:
     """Put one part into OUT.json, with what is needed to repeat it, and write OUT.md from all parts."""
     parts = load(inputs.out)
     packages = ("headwise", "torch", "transformers", "onnx", "onnxruntime", "tensorrt-rtx")
-    versions = {name: version(name) for name in packages}
+    versions = {name: installed_version(name) for name in packages}
     parts[part] = {
         "command": shlex.join(["python", *without(sys.argv, "--only")]),
         "versions": {"python": platform.python_version(), **versions},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headwise.model.view import ModelView
     from headwise.pipeline.recipe import Recipe, load_recipe
     from headwise.pipeline.run import Run, compress
+    from headwise.version import __version__ as __version__
 
 __all__ = ["Checkpoint", "HeadwiseError", "ModelView", "Recipe", "Run", "compress", "load", "load_recipe"]
 
@@ -30,6 +31,7 @@ _HOMES = {
     "compress": ("headwise.pipeline.run", "compress"),
     "load": ("headwise.model.checkpoint", "load_checkpoint"),
     "load_recipe": ("headwise.pipeline.recipe", "load_recipe"),
+    "__version__": ("headwise.version", "__version__"),
 }
 
 

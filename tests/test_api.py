@@ -17,7 +17,7 @@ import headwise
 ROOT = Path(headwise.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
-LEAFS = ("errors", "spec", "artifacts", "tolerances")
+LEAFS = ("version", "errors", "spec", "artifacts", "tolerances")
 ORDER = (*LEAFS, "device", "model", "calibration", "passes", "export", "gates", "pipeline", "demo", "cli", "__main__")
 """A part imports parts before it. The leafs know nothing of the others."""
 BEFORE_PIPELINE = {"export": {"passes"}, "gates": {"passes"}}

@@ -94,7 +94,9 @@ def test_the_vocabulary_is_that_of_the_table(tmp_path: Path) -> None:
 def test_decoders_are_timed_with_the_prompt_and_with_one_token(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, found = finished("story", tmp_path_factory.getbasetemp())
     models = (str(folder / "checkpoint"), str(found.folder))
-    result = CliRunner().invoke(main, ["bench", *models, "--rounds", "5", "--seq", "6", "--past", "9", "--json"])
+    result = CliRunner().invoke(
+        main, ["bench", *models, "--rounds", "5", "--starts", "2", "--seq", "6", "--past", "9", "--json"]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert [(case["name"], case["tokens"], case["past"]) for case in report["cases"]] == [
@@ -118,7 +120,7 @@ def test_decoders_are_timed_with_the_prompt_and_with_one_token(tmp_path_factory:
     console.print(bench_table(report))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "step, batch 1, 1 token, 9 in the cache" in shown
-    assert "1 thread each; 5 rounds after 5 to warm up" in shown
+    assert "1 thread each; 5 rounds over 2 starts, 5 calls to warm up at each" in " ".join(shown.split())
     for load, busy in ((0.1, False), (0.9, True), (None, False)):
         console = Console(file=io.StringIO(), width=100)
         console.print(bench_table({**report, "load": load}))
@@ -134,14 +136,15 @@ class Fake:
         self.about = self.ask("load")
 
     def __enter__(self) -> Fake:
+        CALLS.append(f"start {self.label}")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        CALLS.append("closed")
+        CALLS.append(f"end {self.label}")
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        if do == "call":
-            CALLS.append(self.label)
+        if do in ("call", "time"):
+            CALLS.append(f"{do} {self.label}")
         found: dict[str, Any] = json.loads(json.dumps(self._served.answer(json.loads(json.dumps({"do": do, **more})))))
         return found
 
@@ -158,25 +161,33 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_a_single_run_is_compared_with_its_untouched_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     _, run = finished("text", tmp_path_factory.getbasetemp())
-    found = bench([str(run.folder)], BenchOptions(rounds=6, warmup=2))
+    found = bench([str(run.folder)], BenchOptions(rounds=8, warmup=2, starts=2))
     case = found["cases"][0]
     assert (case["name"], case["tokens"]) == ("forward", 8), "as long as the run counts costs for"
     assert [variant["artifact"] for variant in found["variants"]] == [f"{run.folder} (untouched)", str(run.folder)]
     assert found["variants"][1]["bytes"] < found["variants"][0]["bytes"]
-    measured = CALLS[4:-2]
-    assert [sorted(measured[i : i + 2]) for i in range(0, 12, 2)] == [sorted(set(measured))] * 6
-    assert len({tuple(measured[i : i + 2]) for i in range(0, 12, 2)}) == 2, "in both orders"
-    assert CALLS[-2:] == ["closed"] * 2
+    one, other = f"{run.folder} (untouched)", str(run.folder)
+    half = len(CALLS) // 2
+    for order, calls in (((one, other), CALLS[:half]), ((other, one), CALLS[half:])):
+        assert calls[:2] == [f"start {label}" for label in order], "the second time in the reverse order"
+        assert calls[2:6] == [f"call {one}"] * 2 + [f"call {other}"] * 2
+        assert calls[-2:] == [f"end {label}" for label in reversed(order)]
+        measured = calls[6:-2]
+        assert len(measured) == 8
+        for turn in range(0, 8, 4):
+            assert sorted(set(measured[turn : turn + 2])) == sorted({f"time {one}", f"time {other}"})
+            assert measured[turn : turn + 2] == measured[turn + 2 : turn + 4][::-1], "as often first as second"
+    assert [len(result["times_ms"]) for result in case["results"]] == [8, 8]
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_plain_module_takes_the_inputs_of_a_graph(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, run = finished("plain", tmp_path_factory.getbasetemp())
-    found = bench([str(folder / "checkpoint"), str(run.folder)], BenchOptions(rounds=5, batch=3))
+    found = bench([str(folder / "checkpoint"), str(run.folder)], BenchOptions(rounds=2, starts=1, batch=3))
     one, other = found["cases"][0]["results"]
     assert one["inputs"] == other["inputs"] == {"tokens": [3, 5, WIDTH]}
     with pytest.raises(DataError, match="TwoHeads does not say what its inputs look like"):
-        bench([str(folder / "checkpoint")] * 2, BenchOptions(rounds=5))
+        bench([str(folder / "checkpoint")] * 2, BenchOptions(rounds=2, starts=1))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -184,6 +195,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, tmp_path_factory: py
     folder, run = finished("text", tmp_path_factory.getbasetemp())
     with pytest.raises(DataError, match=r"only .*checkpoint to time"):
         bench([str(folder / "checkpoint")], BenchOptions())
+    with pytest.raises(DataError, match="5 rounds for 6 starts"):
+        bench([str(run.folder)], BenchOptions(rounds=5))
     with pytest.raises(DataError, match=r"none\.onnx does not exist"):
         bench([str(run.folder), str(tmp_path / "none.onnx")], BenchOptions())
     with pytest.raises(DataError, match=r"--past 3, but .* runs without a cache here"):

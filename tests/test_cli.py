@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,11 +29,12 @@ from headwise.pipeline import run, stages
 from headwise.pipeline.commands import evaluation
 from headwise.pipeline.monitor import RichMonitor
 from headwise.pipeline.run import Run
+from headwise.pipeline.store import installed_version
 
 COMMANDS: dict[str, list[str]] = {
     "bench": [
-        *("artifacts", "--provider", "--threads", "--batch", "--seq", "--past", "--vocabulary", "--rounds", "--warmup"),
-        *("--confidence", "--roofline", "--gpu", "--ssh", "--port", "--identity", "--python", "--json"),
+        *("artifacts", "--provider", "--threads", "--batch", "--seq", "--past", "--vocabulary", "--rounds", "--starts"),
+        *("--warmup", "--confidence", "--roofline", "--gpu", "--ssh", "--port", "--identity", "--python", "--json"),
     ],
     "bundle": ["directory", "--out", "--samples", "--triton"],
     "check": ["directory", "--against", "--update", "--junit", "--json"],
@@ -133,9 +135,17 @@ def test_help_lists_every_command_in_full_and_the_exit_codes() -> None:
 
 
 def test_version() -> None:
-    from importlib.metadata import version
+    assert headwise_command("--version").stdout == f"headwise, version {headwise.__version__}\n"
 
-    assert headwise_command("--version").stdout == f"headwise, version {version('headwise')}\n"
+
+def test_the_version_is_that_of_the_code_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_is_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", nothing_is_installed)
+    assert installed_version("headwise") == headwise.__version__
+    assert installed_version("torch") is None
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"headwise, version {headwise.__version__}\n"
 
 
 @pytest.mark.parametrize(

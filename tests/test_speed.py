@@ -50,6 +50,29 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert 0.9 <= np.mean(held) <= 0.99
 
 
+def test_what_differs_between_starts_is_in_the_interval() -> None:
+    """Ten rounds of each start agree among themselves; only the starts say how far they are from each other."""
+    random = np.random.default_rng(0)
+    held, narrow = [], []
+    for _ in range(200):
+        times = 1 + 0.02 * random.standard_normal((6, 2, 1)) + 0.002 * random.standard_normal((6, 2, 10))
+        speed = Speedup.of_starts([(reference, value) for reference, value in times])
+        held.append(speed.interval[0] <= 1 <= speed.interval[1])
+        narrow.append(Speedup.of(*(row.ravel() for row in times.transpose(1, 0, 2))).interval)
+    assert 0.9 <= np.mean(held) <= 0.99
+    assert np.mean([low <= 1 <= high for low, high in narrow]) < 0.8, "rounds taken for independent say too much"
+    assert speed.rounds == 60
+
+
+def test_starts_in_both_orders_cancel_what_the_first_process_gets() -> None:
+    slow = np.full(10, 1.02)
+    fast = np.ones(10)
+    speed = Speedup.of_starts([(slow, fast), (fast, slow)] * 3)
+    assert speed.ratio == pytest.approx(1)
+    assert speed.interval[0] < 1 < speed.interval[1]
+    assert Speedup.of_starts([(slow, fast)]) == Speedup.of(slow, fast)
+
+
 def test_words() -> None:
     assert Speedup.of(*rounds(1.31)).words().startswith("1.31 times faster (95 % interval 1.3")
     assert Speedup.of(*rounds(0.5)).words().startswith("2.00 times slower (95 % interval 2.00 to 2.00)")

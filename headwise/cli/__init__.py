@@ -26,10 +26,11 @@ from headwise.cli.convert import convert, to_hf
 from headwise.cli.text import cost, generate
 from headwise.device.cli import verify
 from headwise.errors import RecipeError
+from headwise.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
-@click.version_option(package_name="headwise", prog_name="headwise")
+@click.version_option(__version__, prog_name="headwise")
 def main() -> None:
     """Make a trained multi-head transformer smaller and faster, and measure every step against the untouched model."""
 

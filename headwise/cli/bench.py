@@ -29,8 +29,17 @@ from headwise.errors import DataError
     "--past", type=click.IntRange(min=0), help="Tokens in a decoder's cache when it adds one; as many as --seq."
 )
 @click.option("--vocabulary", type=click.IntRange(min=1), help="Where the models do not say it.")
-@click.option("--rounds", type=click.IntRange(min=5), default=50, show_default=True, help="Measured calls of each.")
-@click.option("--warmup", type=click.IntRange(min=0), default=5, show_default=True, help="Calls of each before that.")
+@click.option("--rounds", type=click.IntRange(min=5), default=60, show_default=True, help="Measured calls of each.")
+@click.option(
+    "--starts",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    help="Times that processes are started anew.",
+)
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=5, show_default=True, help="Calls of each process before that."
+)
 @click.option(
     "--confidence",
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),

@@ -125,7 +125,10 @@ def latency(
     rounds: int = 20,
     warmup: int = 3,
 ) -> dict[str, Latency]:
-    """Measure runners against each other in one process, one call of each per round, so that load hits all alike.
+    """Measure runners against each other in one process, one timed call of each per round, so that load hits all alike.
+
+    What comes first in a round is slower, also than itself. So every other round goes backwards, and every timed call has
+    one in front that brings the caches back.
 
     Args:
         runners: label -> runner or any other callable.
@@ -137,13 +140,16 @@ def latency(
         for _ in range(warmup):
             runner(batch)
     times: dict[str, list[float]] = {label: [] for label in runners}
-    for _ in range(rounds):
-        for label, runner in runners.items():
+    labels = list(runners)
+    for number in range(rounds):
+        for label in labels[::-1] if number % 2 else labels:
+            runner = runners[label]
+            runner(batch)
             start = time.perf_counter()
             runner(batch)
             times[label].append(1e3 * (time.perf_counter() - start))
     size = "x".join(str(n) for n in next(iter(batch.values())).shape)
-    method = f"median of {rounds} interleaved calls after {warmup} to warm up, input {size}"
+    method = f"median of {rounds} interleaved calls in both orders after {warmup} to warm up, input {size}"
     return {
         label: Latency(
             median_ms=float(np.median(values)),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from scipy.stats import bootstrap
+from numpy.typing import NDArray
+from scipy.stats import bootstrap, sem
+from scipy.stats import t as student
 
 from headwise.gates.judge import GateSpec, Outcome, Verdict
+
+Times = Sequence[float] | NDArray[np.float64]
+"""Milliseconds by round."""
 
 GATE, METRIC = "speed", "speedup"
 """Names of the gate and of its metric in verdicts."""
@@ -24,8 +29,8 @@ class Speedup:
 
     Attributes:
         ratio: median over the rounds of the reference's time by the candidate's; 2 is twice as fast. Both were timed in
-            the same round, so that what slowed a round down cancels out.
-        interval: of the ratio, two-sided, by a bootstrap over the rounds.
+            the same round, so that what slowed a round down cancels out. Of several starts, the geometric mean.
+        interval: of the ratio, two-sided, by a bootstrap over the rounds; of several starts, Student's over them.
         confidence: of the interval.
         rounds: that it rests on.
     """
@@ -36,7 +41,7 @@ class Speedup:
     rounds: int
 
     @classmethod
-    def of(cls, reference: Sequence[float], candidate: Sequence[float], confidence: float = 0.95) -> Speedup:
+    def of(cls, reference: Times, candidate: Times, confidence: float = 0.95) -> Self:
         """The speedup from the times of the same rounds, two of them at least."""
         ratios = np.asarray(reference, float) / np.asarray(candidate, float)
         found = bootstrap(
@@ -49,6 +54,24 @@ class Speedup:
         )
         low, high = map(float, found.confidence_interval)
         return cls(ratio=float(np.median(ratios)), interval=(low, high), confidence=confidence, rounds=len(ratios))
+
+    @classmethod
+    def of_starts(cls, starts: Sequence[tuple[Times, Times]], confidence: float = 0.95) -> Self:
+        """The speedup from the times of reference and candidate by start.
+
+        The rounds of a start share what its processes happened to get, memory above all, and say nothing about another
+        start. What differs between starts is in the interval when there are two of them at least.
+        """
+        if len(starts) == 1:
+            return cls.of(*starts[0], confidence)
+        logs = np.log([np.median(np.asarray(reference) / np.asarray(candidate)) for reference, candidate in starts])
+        middle, half = float(logs.mean()), float(sem(logs) * student.ppf((1 + confidence) / 2, len(logs) - 1))
+        return cls(
+            ratio=math.exp(middle),
+            interval=(math.exp(middle - half), math.exp(middle + half)),
+            confidence=confidence,
+            rounds=sum(len(reference) for reference, _ in starts),
+        )
 
     @property
     def faster(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from headwise.artifacts import Artifact, Miss, building, digest_file, digest_json, find, seal
 from headwise.errors import StorageError
 from headwise.pipeline.monitor import Monitor
+from headwise.version import __version__
 
 Make = Callable[[Path], Mapping[str, Any]]
 """Fills an empty folder and returns what the manifest shall remember."""
@@ -89,7 +90,9 @@ def source_digest() -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
+    """The installed version of a distribution, or None; headwise's own is that of this code."""
+    if package == "headwise":
+        return __version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

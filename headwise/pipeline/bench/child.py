@@ -45,7 +45,13 @@ class Served:
 
     def answer(self, order: Mapping[str, Any]) -> Answer:
         """Carry an order out."""
-        orders = {"load": self._load, "prepare": self._prepare, "call": self._call, "memory": self._memory}
+        orders = {
+            "load": self._load,
+            "prepare": self._prepare,
+            "call": self._call,
+            "time": self._time,
+            "memory": self._memory,
+        }
         return orders[order["do"]](order)
 
     def _load(self, order: Mapping[str, Any]) -> Answer:
@@ -65,6 +71,13 @@ class Served:
 
     def _call(self, order: Mapping[str, Any]) -> Answer:
         del order
+        self._variant.reset()
+        self._variant.call()
+        return {}
+
+    def _time(self, order: Mapping[str, Any]) -> Answer:
+        """A call behind one that is not timed: that one finds the caches as another process left them."""
+        self._call(order)
         self._variant.reset()
         start = time.perf_counter()
         self._variant.call()

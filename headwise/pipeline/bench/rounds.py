@@ -1,4 +1,8 @@
-"""Time graphs, checkpoints and engines against each other: in turn, round by round, each in a process of its own."""
+"""Time graphs, checkpoints and engines against each other: in turn, round by round, each in a process of its own.
+
+All processes are started several times. A process keeps the memory that it got when it started, and the first one gets
+more scattered pages than the next: that alone makes one and the same graph a percent or two slower, in every round.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headwise.errors import DataError
 from headwise.export.random_inputs import Case
@@ -20,6 +25,10 @@ from headwise.pipeline.bench.parent import Child
 from headwise.pipeline.folders import bench_graph, dense_graph, is_run, usual_tokens
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.report.document import read_report
+
+Times = NDArray[np.float64]
+Orders = NDArray[np.int64]
+"""The indices of all variants, by round."""
 
 _TOKENS = 128
 _SMALLER = 0.99
@@ -37,8 +46,9 @@ class BenchOptions:
         tokens: of an input; None for 128, or what the models can take.
         past: tokens in the cache of a decoder when it adds one; None for as many as ``tokens``.
         vocabulary: where the models do not say it.
-        rounds: measured calls of each.
-        warmup: calls of each before that.
+        rounds: measured calls of each, over all starts.
+        warmup: calls of each before that, at every start.
+        starts: how often the processes are started anew, in turn in the order given and in the reverse.
         confidence: of intervals.
     """
 
@@ -48,9 +58,27 @@ class BenchOptions:
     tokens: int | None = None
     past: int | None = None
     vocabulary: int | None = None
-    rounds: int = 50
+    rounds: int = 60
     warmup: int = 5
+    starts: int = 6
     confidence: float = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Timed:
+    """What one case took at one start: the shapes of the inputs, and milliseconds by variant and round."""
+
+    shapes: list[Any]
+    times: Times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """What one start found out: about the variants, and by case."""
+
+    variants: list[dict[str, Any]]
+    cases: dict[str, Case]
+    timed: dict[str, _Timed]
 
 
 def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor | None = None) -> dict[str, Any]:
@@ -65,21 +93,26 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
     Raises:
         HeadwiseError: something cannot be loaded or run here, or there is nothing to compare.
     """
+    if options.rounds < options.starts:
+        raise DataError(
+            f"{options.rounds} rounds for {options.starts} starts",
+            expected="at least one round per start",
+            fix="raise --rounds, or lower --starts",
+        )
     watcher: Monitor = monitor or Silent()
     watcher.start("bench")
     load = machine_load()
     found = _resolve(artifacts, options.provider)
     usual = min(filter(None, (usual_tokens(Path(path)) for _, path in found)), default=None)
-    with ExitStack() as stack:
-        advance = watcher.work("load", len(found))
-        children = []
-        for label, path in found:
-            children.append(stack.enter_context(Child(label, path, options.threads, options.provider)))
-            advance(1)
-        cases = [
-            _time(children, name, case, options, watcher) for name, case in _cases(children, options, usual).items()
-        ]
-        variants = [{**child.about, **child.ask("memory"), "artifact": child.label} for child in children]
+    starts = []
+    for number, orders in enumerate(np.array_split(_orders(len(found), options.rounds), options.starts)):
+        with ExitStack() as stack:
+            children = _start(stack, found, options, watcher, reverse=number % 2 == 1)
+            cases = _cases(children, options, usual)
+            timed = {name: _time(children, name, case, options, watcher, orders) for name, case in cases.items()}
+            variants = [{**child.about, **child.ask("memory"), "artifact": child.label} for child in children]
+        starts.append(_Start(variants=variants, cases=cases, timed=timed))
+    first = starts[0]
     return {
         "device": device_name(),
         "load": load,
@@ -87,9 +120,10 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
         "threads": options.threads,
         "rounds": options.rounds,
         "warmup": options.warmup,
+        "starts": options.starts,
         "confidence": options.confidence,
-        "variants": [{key: value for key, value in variant.items() if key != "inputs"} for variant in variants],
-        "cases": cases,
+        "variants": [{key: value for key, value in variant.items() if key != "inputs"} for variant in first.variants],
+        "cases": [_case(name, case, starts, options.confidence) for name, case in first.cases.items()],
     }
 
 
@@ -140,36 +174,66 @@ def _cases(children: Sequence[Child], options: BenchOptions, usual: int | None) 
     return {"prefill": replace(case, past=0), "step": replace(case, tokens=1, past=past)}
 
 
-def _time(children: Sequence[Child], name: str, case: Case, options: BenchOptions, watcher: Monitor) -> dict[str, Any]:
-    """One case: every variant once per round, in an order that is drawn for each round."""
+def _start(
+    stack: ExitStack, found: Sequence[tuple[str, str]], options: BenchOptions, watcher: Monitor, *, reverse: bool
+) -> list[Child]:
+    """A process for each, in the order of ``found``, started in this order or in the reverse."""
+    advance = watcher.work("load", len(found))
+    children = {}
+    for index in reversed(range(len(found))) if reverse else range(len(found)):
+        children[index] = stack.enter_context(Child(*found[index], options.threads, options.provider))
+        advance(1)
+    return [children[index] for index in range(len(found))]
+
+
+def _time(
+    children: Sequence[Child], name: str, case: Case, options: BenchOptions, watcher: Monitor, orders: Orders
+) -> _Timed:
+    """One case at one start: every variant once per round, in the orders of the rounds."""
     speaks: Mapping[str, Any] = next((child.about["inputs"] for child in children if child.about["inputs"]), {})
     shapes = [child.ask("prepare", case=asdict(case), others=speaks)["shapes"] for child in children]
-    advance = watcher.work(f"{name}, {options.rounds} rounds", options.rounds)
+    advance = watcher.work(f"{name}, {len(orders)} rounds", len(orders))
     for child in children:
         for _ in range(options.warmup):
             child.ask("call")
-    random = np.random.default_rng(0)
-    times = np.empty((len(children), options.rounds))
-    for number in range(options.rounds):
-        for index in random.permutation(len(children)):
-            times[index, number] = children[index].ask("call")["ms"]
+    times = np.empty((len(children), len(orders)))
+    for number, order in enumerate(orders):
+        for index in order:
+            times[index, number] = children[index].ask("time")["ms"]
         advance(1)
-    first = children[0]
+    return _Timed(shapes=shapes, times=times)
+
+
+def _orders(count: int, rounds: int) -> Orders:
+    """An order for every round: one that is drawn, then its reverse, so that nothing comes first more often."""
+    random = np.random.default_rng(0)
+    drawn = [random.permutation(count) for _ in range((rounds + 1) // 2)]
+    return np.array([order for each in drawn for order in (each, each[::-1])][:rounds])
+
+
+def _case(name: str, case: Case, starts: Sequence[_Start], confidence: float) -> dict[str, Any]:
+    """What all starts say about one case."""
+    timed = [start.timed[name] for start in starts]
+    variants = starts[0].variants
     results = []
-    for child, own, shape in zip(children, times, shapes, strict=True):
-        speed = Speedup.of(times[0].tolist(), own.tolist(), options.confidence)
-        smaller = child.about["bytes"] < _SMALLER * first.about["bytes"]
-        results.append(
-            {
-                "artifact": child.label,
-                "median_ms": float(np.median(own)),
-                "p90_ms": float(np.percentile(own, 90)),
-                "inputs": shape,
-                "speedup": None if child is first else speed.to_json(),
-                "verdict": "" if child is first else speed_words(speed, smaller=smaller),
-                "times_ms": own.tolist(),
-            }
-        )
+    for index, variant in enumerate(variants):
+        own = np.concatenate([each.times[index] for each in timed])
+        result = {
+            "artifact": variant["artifact"],
+            "median_ms": float(np.median(own)),
+            "p90_ms": float(np.percentile(own, 90)),
+            "inputs": timed[0].shapes[index],
+            "speedup": None,
+            "verdict": "",
+            "times_ms": own.tolist(),
+        }
+        if index:
+            speed = Speedup.of_starts(
+                [(each.times[0].tolist(), each.times[index].tolist()) for each in timed], confidence
+            )
+            smaller = variant["bytes"] < _SMALLER * variants[0]["bytes"]
+            result |= {"speedup": speed.to_json(), "verdict": speed_words(speed, smaller=smaller)}
+        results.append(result)
     return {"name": name, "batch": case.batch, "tokens": case.tokens, "past": case.past, "results": results}
 
 

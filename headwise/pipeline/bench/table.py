@@ -48,10 +48,11 @@ def bench_table(found: Mapping[str, Any]) -> RenderableType:
 
 def how(found: Mapping[str, Any]) -> str:
     """What the numbers rest on."""
-    threads = found["threads"]
+    threads, starts = found["threads"], found["starts"]
     devices = {variant["device"] for variant in found["variants"]}
     device = ", ".join(found["device"] if name == "cpu" else name for name in sorted(devices))
     return (
-        f"{device}; {threads} thread{'s' * (threads > 1)} each; {found['rounds']} rounds after {found['warmup']} to "
-        "warm up, one call of each per round in an order drawn for the round; memory is that of the CPU."
+        f"{device}; {threads} thread{'s' * (threads > 1)} each; {found['rounds']} rounds over {starts} "
+        f"start{'s' * (starts > 1)}, {found['warmup']} calls to warm up at each; one timed call of each per round, in "
+        "an order drawn for the round or its reverse; memory is that of the CPU."
     )
