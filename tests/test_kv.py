@@ -62,8 +62,8 @@ def test_folding_scales_the_channels_and_changes_no_output(tmp_path: Path, rotar
     found = find_cached(onnx.load(str(path)))
     pairs = tuple((index, index + 4) for index in range(4)) if rotary else ()
     assert found == (
-        Cached(name=keys, heads=2, width=8, pairs=pairs, label=".key"),
-        Cached(name="vt", heads=2, width=8, label=".value"),
+        Cached(name=keys, tap=keys, heads=2, width=8, pairs=pairs, label=".key"),
+        Cached(name="vt", tap="vt", heads=2, width=8, label=".value"),
     )
     done, out = folded(path, keys, "vt")
     assert done == {keys, "vt"}

@@ -17,7 +17,6 @@ from onnx import TensorProto
 from pydantic import ValidationError
 from test_decoder import PROMPTS, llama
 from test_latent_kv import compress
-from transformers.cache_utils import DynamicLayer
 
 from headwise.calibration.formats import input_scale
 from headwise.errors import ExportError, PlanError
@@ -37,7 +36,7 @@ from headwise.export.targets import resolve_target
 from headwise.export.tensorrt import build_engine
 from headwise.model import surgery
 from headwise.model.checkpoint import load_checkpoint
-from headwise.model.edits import DropHeads, EditPlan, ShareKV
+from headwise.model.edits import ClusterHeads, DropHeads, EditPlan, ShareKV
 from headwise.model.view import ModelView
 from headwise.passes.kv import channel_exponents
 from headwise.passes.quantize import Quantize
@@ -58,16 +57,21 @@ class Case(NamedTuple):
 
 
 def edited_llama() -> ModelView:
-    """Layer 0 has lost two heads, layer 1 shares one kv head, layer 2 is as it was."""
+    """Layer 0 has lost two heads, layer 1 shares one kv head, layer 2 has two keys and four values."""
     view = ModelView.of(llama())
-    edits = (DropHeads(layer=0, query=(1, 2)), ShareKV(layer=1, groups=((0, 1, 2, 3),)))
+    edits = (
+        DropHeads(layer=0, query=(1, 2)),
+        ShareKV(layer=1, groups=((0, 1, 2, 3),)),
+        ClusterHeads(layer=2, clusters=((2, 0), (1, 3))),
+    )
     surgery.reshape(view, EditPlan(edits=edits).predict(view.layout))
     randomize(view.module)
     return view
 
 
 CASES = {
-    "heads": (edited_llama, 6),
+    # Keys and values of clustered layers are read by other heads than they belong to.
+    "heads": (edited_llama, 4),
     # The rotary keys beside a latent have one scale.
     "latents": (lambda: compress("llama", rank=(8, 5, 6), rotary=4)[0], 3),
     "latents alone": (lambda: compress("gpt2", rank=(8, 5, 6))[0], 3),
@@ -77,21 +81,26 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     build, per_channel = CASES[request.param]
-    found = scaled(build(), tmp_path_factory.mktemp("cache"))
+    found = exported(build(), tmp_path_factory.mktemp("cache"))
     assert found.per_channel == per_channel
     return found
 
 
+def exported(view: ModelView, folder: Path) -> Case:
+    decoder_to_onnx(view, make_inputs("llama")["input_ids"].numpy(), folder / "plain.onnx")
+    return scaled(view, folder)
+
+
 def scaled(view: ModelView, folder: Path) -> Case:
+    """``folder`` holds the graph."""
     ids = make_inputs("llama")["input_ids"].numpy()
-    decoder_to_onnx(view, ids, folder / "plain.onnx")
     model = onnx.load(str(folder / "plain.onnx"))
     cached = find_cached(model, [layer.path for layer in view.attention])
     assert [entry.name for entry in cached] == list(view.layout.cache.present())
     assert cached[0].label == f"{view.attention[0].path}.{view.layout.attention[0].cached[0].name}"
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    seen = TapRunner(folder / "plain.onnx", [entry.name for entry in cached])(batch)
-    largest = {name: np.abs(array).max(axis=(0, 2)).ravel() for name, array in seen.items()}
+    seen = TapRunner(folder / "plain.onnx", [entry.tap for entry in cached])(batch)
+    largest = {entry.name: np.abs(seen[entry.tap]).max(axis=(0, 2)).ravel() for entry in cached}
     exponents = {
         entry.name: channel_exponents(largest[entry.name], width=entry.width, pairs=entry.pairs) for entry in cached
     }
@@ -120,21 +129,25 @@ def coded(case: Case, number: Any, folder: Path) -> tuple[Path, dict[str, Array]
 
 
 def per_tensor(case: Case) -> dict[str, Array]:
-    """What the scaled graph caches of the calibration tokens."""
+    """What the scaled graph caches of the calibration tokens, before it drops any."""
     ids = make_inputs("llama")["input_ids"].numpy()
-    return TapRunner(case.path, list(case.scales))({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    taps = {entry.name: entry.tap for entry in find_cached(onnx.load(str(case.path)))}
+    found = TapRunner(case.path, list(taps.values()))({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    return {name: found[tap] for name, tap in taps.items()}
 
 
-class RoundingLayer(DynamicLayer):
+class Rounding:
     """The cache of a layer in torch that rounds new tokens to codes, and keeps the numbers that these stand for."""
 
-    def __init__(self, steps: list[Array], number: str) -> None:
-        super().__init__()
-        self.steps, self.number = [torch.tensor(step, dtype=torch.float32) for step in steps], number
+    def __init__(self, layer: Any, steps: list[Array], number: str) -> None:
+        self.put, self.number = layer.update, number
+        # Blocks of heads lie side by side in what a layer is given.
+        self.steps = [torch.tensor(np.concatenate(steps[i::2], axis=1)).float() for i in range(min(2, len(steps)))]
+        layer.update = self.update
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         rounded = [self.round(*pair) for pair in zip((key_states, value_states), self.steps, strict=False)]
-        return super().update(rounded[0], rounded[1] if len(rounded) == 2 else value_states, *args, **kwargs)
+        return self.put(rounded[0], rounded[1] if len(rounded) == 2 else value_states, *args, **kwargs)
 
     def round(self, states: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         if self.number == "int8":
@@ -155,7 +168,8 @@ class RoundingDecoder(TorchDecoder):
 
     def begin(self, rows: int) -> None:
         super().begin(rows)
-        self.cache.layers[:] = [RoundingLayer(steps, self.number) for steps in self.layers]
+        for layer, steps in zip(self.cache.layers, self.layers, strict=True):
+            Rounding(layer, steps, self.number)
 
 
 def texts(decoder: Decoder, batch: int = 4) -> list[Continuation]:
@@ -185,7 +199,7 @@ def test_text_with_a_cache_of_codes_is_that_of_torch(case: Case, number: str, tm
 )
 @pytest.mark.parametrize("number", ["int8", "fp8"])
 def test_a_trained_model_tells_the_stories_that_torch_tells(number: str, tmp_path: Path) -> None:
-    case = scaled(load_checkpoint(str(Path(MODELS) / "stories260k")).view(), tmp_path)
+    case = exported(load_checkpoint(str(Path(MODELS) / "stories260k")).view(), tmp_path)
     path, steps = coded(case, number, tmp_path)
     decoded = decode_for_onnxruntime(path, tmp_path / "decoded.onnx")
     decoder = OrtDecoder(tmp_path / "decoded.onnx" if decoded else path)
@@ -229,7 +243,8 @@ def test_engines_take_a_cache_of_codes(case: Case, number: Any, target: str, tmp
     shapes: Any = engine_shapes(tmp_path / "half.onnx", ExportSpec(), {"sequence": 64})
     built = build_engine(tmp_path / "half.onnx", tmp_path / "model.engine", resolve_target(target), **shapes)
     assert built.listing is not None
-    assert built.listing.fused_attention == 6  # for prompts, and for single tokens
+    # For prompts, and for single tokens; the clustered layer is no single kernel in a decoder.
+    assert built.listing.fused_attention == 2 * 2
 
 
 def test_a_cache_that_is_filled_in_another_way_is_refused(case: Case) -> None:

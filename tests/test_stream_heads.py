@@ -5,26 +5,32 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import KV_HEADS, LAYERS, largest_difference, make_model
 from pydantic import ValidationError
 from rich.console import Console
 from test_decoder import llama
+from test_kv_cache import RoundingDecoder, coded, scaled, texts
 from test_passes import samples
 
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.calibration.stream_gates import train_gates
 from headwise.calibration.streaming import GateTraining, Span
 from headwise.errors import ExportError, PlanError
+from headwise.export.decode import decode_for_onnxruntime
 from headwise.export.decoder import check_decoder, decoder_to_onnx
 from headwise.export.generate import generate
-from headwise.export.precision import ExportSpec, convert_precision
+from headwise.export.kv import find_cached, quantize_cached
+from headwise.export.kv_cache import code_caches
+from headwise.export.precision import ExportSpec, convert_precision, to_precision
 from headwise.export.profiles import decode_profiles, engine_shapes, profiles_for
 from headwise.export.stepping import OrtDecoder, TorchDecoder
 from headwise.export.targets import resolve_target
@@ -202,6 +208,39 @@ def test_the_graph_writes_what_torch_writes_long_after_tokens_were_dropped(expor
     assert sizes["present.1.window5_key"] == SINK + 5
     assert sizes["present.0.window3_key"] == SINK + 3
     assert sizes["present.0.key"] == width + 59
+
+
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+def test_a_cache_of_codes_drops_tokens_as_torch_does(
+    exported: tuple[ModelView, Path], number: str, tmp_path: Path
+) -> None:
+    view, path = exported
+    shutil.copy(path, tmp_path / "plain.onnx")
+    case = scaled(view, tmp_path)
+    coded_path, steps = coded(case, number, tmp_path)
+    ports = [v for v in onnx.load(str(coded_path)).graph.output if v.name != "logits"]
+    assert len({value.type.tensor_type.elem_type for value in ports}) == 1
+    assert decode_for_onnxruntime(coded_path, tmp_path / "decoded.onnx") == (number == "fp8")
+    decoder = OrtDecoder(tmp_path / "decoded.onnx" if number == "fp8" else coded_path, threads=1)
+    expected = texts(RoundingDecoder(case, steps, number))
+    assert texts(decoder) == texts(decoder, batch=1) == expected != texts(TorchDecoder(view))
+    sizes = {name: array.shape[2] for name, array in decoder.cached().items()}
+    assert sizes["present.1.window5_key"] == SINK + 5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+def test_an_engine_drops_tokens_of_an_fp8_cache(exported: tuple[ModelView, Path], tmp_path: Path) -> None:
+    """It gathers no fp8."""
+    model = onnx.load(str(exported[1]))
+    names = [entry.name for entry in find_cached(model)]
+    quantize_cached(model, dict.fromkeys(names, 0.125), dict.fromkeys(names, "fp8"))
+    model = to_precision(model, "bf16")
+    code_caches(model.graph, "fp8")
+    onnx.save(model, str(tmp_path / "half.onnx"))
+    shapes = engine_shapes(tmp_path / "half.onnx", ExportSpec(context=100), {"sequence": 256})
+    info = build_engine(tmp_path / "half.onnx", tmp_path / "e", resolve_target("sm120"), **shapes)
+    assert info.listing is not None
+    assert info.listing.fused_attention == 2 * 3
 
 
 def test_a_graph_with_other_windows_is_found_out(exported: tuple[ModelView, Path]) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from headwise.calibration.formats import restore
+from headwise.export.absorbed import find_absorbed, replace_weight
 from headwise.export.edits import drop_unused, insert_before
 from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import check_graph
@@ -25,8 +27,11 @@ _REPLACED = frozenset({"MatMul", "Gemm", "Gather"})
 def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, Codes]) -> None:
     """Write an fp32 graph whose quantized matrices multiply in int8.
 
+    In the graph of single tokens, what became of the matrices of latents is multiplied in fp32 and has the numbers that
+    their codes stand for: the product of one head is too small to gain from integers.
+
     Args:
-        source: the fp32 graph that was planned on.
+        source: the fp32 graph that was planned on, or that of single tokens beside it.
         dst: the new file.
         plan: which matrices; they all are in int8 with one scale per output.
         codes: of every quantized matrix.
@@ -48,6 +53,9 @@ def write_dynamic(source: Path, dst: Path, plan: QuantPlan, codes: Mapping[str, 
             nodes += _integer_product(graph, product, codes[product.name], inputs, weights)
     for name, lookup in rows:
         before[lookup.output[0]] = _stored_rows(graph, name, lookup, codes[name])
+    for found in find_absorbed(graph):
+        if found.name in planned:
+            replace_weight(graph, found, restore(codes[found.name], None, np.dtype(np.float32)))
     gone = set(before)
     insert_before(graph, before)
     kept = [node for node in graph.node if not (node.op_type in _REPLACED and node.output[0] in gone)]

@@ -7,7 +7,7 @@ one size, so that one scale suits all of them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,8 @@ class Cached:
     """Keys or values as an attention reads them, or whatever else a decoder caches.
 
     Attributes:
-        name: of the (B, N, T, H) tensor.
+        name: of the (B, N, T, H) tensor; what is cached has that of an output.
+        tap: of the tensor that has all tokens of a call. Of heads with a window, fewer go on being cached.
         heads: N.
         width: H.
         pairs: channels of a head that rotary positions mix, as (first, second).
@@ -41,6 +42,7 @@ class Cached:
     """
 
     name: str
+    tap: str
     heads: int
     width: int
     pairs: tuple[tuple[int, int], ...] = ()
@@ -62,14 +64,15 @@ def find_cached(model: onnx.ModelProto, scopes: Sequence[str] = ()) -> tuple[Cac
     return _in_cache(graph, held, scopes) if held else _behind_projections(graph, scopes)
 
 
-def _in_cache(graph: Channels, held: Collection[str], scopes: Sequence[str]) -> tuple[Cached, ...]:
+def _in_cache(graph: Channels, held: Mapping[str, NodeProto], scopes: Sequence[str]) -> tuple[Cached, ...]:
     found = []
-    for name in held:
+    for name, join in held.items():
         layer, kind = read_port(name)
         heads, width = graph.dims[name][1], graph.dims[name][3]
         scope = scopes[layer] if scopes else str(layer)
         pairs = _pairs(graph, name, width)
-        found.append(Cached(name=name, heads=heads, width=width, pairs=pairs, label=f"{scope}.{kind}"))
+        about = {"heads": heads, "width": width, "pairs": pairs, "label": f"{scope}.{kind}"}
+        found.append(Cached(name=name, tap=join.output[0], **about))
     return tuple(found)
 
 
@@ -84,8 +87,8 @@ def _behind_projections(graph: Channels, scopes: Sequence[str]) -> tuple[Cached,
             dims = graph.dims.get(name, [])
             if len(dims) == 4 and dims[1] and dims[3]:
                 pairs = _pairs(graph, name, dims[3]) if index == _KEYS else ()
-                entry = Cached(name=name, heads=dims[1], width=dims[3], pairs=pairs, label=f"{scope}.{kind}")
-                found.setdefault(name, entry)
+                about = {"heads": dims[1], "width": dims[3], "pairs": pairs, "label": f"{scope}.{kind}"}
+                found.setdefault(name, Cached(name=name, tap=name, **about))
                 missing = [other for other in missing if other and other != scope]
     if missing:
         raise ExportError(

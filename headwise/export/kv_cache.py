@@ -6,7 +6,8 @@ form; its nodes that update a cache in place take no codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +17,14 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from headwise.calibration.formats import GRIDS
 from headwise.errors import ExportError
 from headwise.export.absorb import Channels, Edits, behind_past
+from headwise.export.absorbed import find_absorbed
 from headwise.export.edits import insert_before
 from headwise.export.matrices import products
 from headwise.model.cache import is_present
 from headwise.model.quantization import Format
+
+_MOVES = frozenset({"Reshape", "Gather"})
+"""What chooses the tokens that heads with a window go on caching."""
 
 
 def find_held(graph: Channels) -> dict[str, NodeProto]:
@@ -31,18 +36,33 @@ def find_held(graph: Channels) -> dict[str, NodeProto]:
     found = {}
     for name in (value.name for value in graph.graph.output if is_present(value.name)):
         maker = graph.makers.get(name)
-        if maker is None or not behind_past(maker) or len(graph.dims[name]) != 4:
+        join = None if maker is None else _kept(graph.makers, name)[0]
+        if join is None or not behind_past(join) or len(graph.dims[name]) != 4:
             raise ExportError(
                 f"{name} does not come from a Concat of the past and the new tokens, on four axes",
                 expected="a cache as headwise exports it",
                 fix="leave quantize.kv out, or set export.cache to false to see what it would cost",
             )
-        found[name] = maker
+        found[name] = join
     return found
+
+
+def _kept(makers: Mapping[str, NodeProto], name: str) -> tuple[NodeProto, list[NodeProto]]:
+    """What joins past and new tokens of a cached tensor, and the nodes that choose which of them go on being cached.
+
+    Heads with a window keep some tokens only; what does not join is left to the caller.
+    """
+    node, moving = makers[name], []
+    while node.op_type in _MOVES and node.input[0] in makers:
+        moving.append(node)
+        node = makers[node.input[0]]
+    return node, moving
 
 
 def fold_latent(graph: Channels, name: str, exponents: NDArray[np.float64]) -> bool:
     """Divide the channels of a cached latent by powers of two, and multiply the rows of the matrices that read it.
+
+    Where attention reads the latents as they are, these are the up-projections that it has absorbed.
 
     Args:
         graph: changed in place.
@@ -52,14 +72,16 @@ def fold_latent(graph: Channels, name: str, exponents: NDArray[np.float64]) -> b
     Returns:
         Whether it was done.
     """
-    reader, maker = graph.readers.get(name, []), graph.makers[name]
+    maker = graph.makers[name]
     single = graph.makers.get(maker.input[1])
-    if len(reader) != 1 or reader[0].op_type != "Gather" or reader[0].input[0] != name:
-        return False
     if single is None or single.op_type != "Unsqueeze" or not graph.only_reader(maker.input[1], maker):
         return False
     made = graph.absorb(single.input[0], -exponents, [single.output[0]])
-    read = _rows(graph, reader[0].output[0], exponents)
+    readers = [node for node in graph.readers.get(name, []) if node.op_type != "Shape"]
+    if len(readers) == 1 and readers[0].op_type == "Gather" and readers[0].input[0] == name:
+        read = _rows(graph, readers[0].output[0], exponents)
+    else:
+        read = _absorbed_rows(graph, name, readers, exponents)
     if made is None or read is None:
         return False
     graph.apply([*made, *read])
@@ -74,6 +96,21 @@ def _rows(graph: Channels, tensor: str, exponents: NDArray[np.float64]) -> Edits
         return None
     found = [members[node.output[0]] for node in readers]
     return [(product.node, 1, exponents if product.transposed else exponents[:, None]) for product in found]
+
+
+def _absorbed_rows(
+    graph: Channels, name: str, readers: Sequence[NodeProto], exponents: NDArray[np.float64]
+) -> Edits | None:
+    """The same of up-projections; None where something else than attention on latents reads the tensor."""
+    members = [entry for entry in find_absorbed(graph.graph) if entry.latent == name]
+    joined = [node.output[0] for node in readers if node.op_type == "Concat"]
+    reading = [node for tensor in (name, *joined) for node in graph.readers[tensor] if node.output[0] not in joined]
+    attending = {node.output[0] for node in reading if node.op_type == "Attention"}
+    if any(node.op_type not in ("Attention", "Shape") for node in reading) or not attending:
+        return None
+    if len(attending) != sum(not entry.keys for entry in members):
+        return None
+    return [(entry.node, 1, exponents) for entry in members]
 
 
 def quantize_held(
@@ -94,7 +131,7 @@ def quantize_held(
         constants = {f"{stem}_scale": np.asarray(np.float32(scales[held])), f"{stem}_zero": zero}
         graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in constants.items())
         new, codes, rounded = join.input[1], f"{stem}_codes", f"{stem}_new"
-        before[held] = [
+        before[join.output[0]] = [
             helper.make_node("QuantizeLinear", [new, *constants], [codes], name=f"{stem}_q"),
             helper.make_node("DequantizeLinear", [codes, *constants], [rounded], name=f"{stem}_dq"),
         ]
@@ -108,31 +145,71 @@ def code_caches(graph: onnx.GraphProto, number: Format) -> None:
 
     ONNX joins no fp8 tensors and TensorRT does: a graph with a cache of fp8 is no valid ONNX any more.
     """
-    ports = {value.name: value.type.tensor_type for value in [*graph.input, *graph.output, *graph.value_info]}
+    ports = _types(graph)
     makers = {node.output[0]: node for node in graph.node}
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     wanted = helper.np_dtype_to_tensor_dtype(GRIDS[number].dtype)
+    numbers: dict[str, str] = {}
     behind: dict[str, NodeProto] = {}
     for held in (value.name for value in graph.output if is_present(value.name)):
-        join = makers[held]
+        join, moving = _kept(makers, held)
         decode = makers.get(join.input[1])
         if decode is None or decode.op_type != "DequantizeLinear" or kinds[decode.input[2]] != wanted:
             continue
-        join.input[1], decode.input[0], decode.output[0] = decode.input[0], held, f"{held}_kv_values"
-        for name in (join.input[0], held):
+        joined = join.output[0]
+        join.input[1], decode.input[0], decode.output[0] = decode.input[0], joined, f"{held}_kv_values"
+        numbers[joined], behind[joined] = decode.output[0], decode
+        for name in {join.input[0], joined, held} & set(ports):
             ports[name].elem_type = wanted
-        behind[held] = decode
-    nodes = [node for node in graph.node if not any(node is decode for decode in behind.values())]
+        if moving:
+            # TensorRT gathers no fp8; numbers become the codes again that they came from.
+            moving[0].output[0] = f"{held}_kept"
+            scale = decode.input[1:]
+            again = helper.make_node("QuantizeLinear", [f"{held}_kept", *scale], [held], name=f"{held}_kept_q")
+            behind[again.input[0]] = again
+    decoded = {node.output[0] for node in behind.values()}
+    nodes = [node for node in graph.node if node.output[0] not in decoded]
     for node in nodes:
         if node.op_type != "Shape":
-            node.input[:] = [f"{name}_kv_values" if name in behind else name for name in node.input]
+            node.input[:] = [numbers.get(name, name) for name in node.input]
     del graph.node[:]
     graph.node.extend(other for node in nodes for other in (node, *filter(None, [behind.get(node.output[0])])))
 
 
+def keep_apart(graph: onnx.GraphProto, names: Collection[str], dtype: np.dtype[Any]) -> None:
+    """Put a multiplication by ones between cached latents and weights that are quantized without their input, in place.
+
+    TensorRT would multiply the codes of both with each other, has no such product for most pairs of formats, and then
+    refuses the graph or decodes the weights while it builds. One constant would be left out again, a vector is not.
+
+    Args:
+        graph: with codes in its cache.
+        names: nodes that multiply with such weights.
+        dtype: of the graph.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    widths = {value.name: value.type.tensor_type.shape.dim[-1].dim_value for value in graph.output}
+    before: dict[str, list[NodeProto]] = {}
+    apart: dict[str, str] = {}
+    for node in graph.node:
+        chosen = makers.get(node.input[0]) if node.name in names else None
+        decode = makers.get(chosen.input[0]) if chosen is not None and chosen.op_type == "Gather" else None
+        if decode is None or decode.op_type != "DequantizeLinear" or not is_present(decode.input[0]):
+            continue
+        latent = node.input[0]
+        if latent not in apart:
+            ones = numpy_helper.from_array(np.ones(widths[decode.input[0]], dtype), f"{latent}_ones")
+            graph.initializer.append(ones)
+            apart[latent] = f"{latent}_apart"
+            multiply = helper.make_node("Mul", [latent, ones.name], [apart[latent]], name=apart[latent])
+            before[node.output[0]] = [multiply]
+        node.input[0] = apart[latent]
+    insert_before(graph, before)
+
+
 def decode_caches(graph: onnx.GraphProto) -> bool:
     """Undo ``code_caches`` for fp8: join numbers, which every runtime can. Whether there was something to undo."""
-    ports = {value.name: value.type.tensor_type for value in [*graph.input, *graph.output, *graph.value_info]}
+    ports = _types(graph)
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     makers = {node.output[0]: node for node in graph.node}
     decoders = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -141,16 +218,26 @@ def decode_caches(graph: onnx.GraphProto) -> bool:
     for held in (value.name for value in graph.output if is_present(value.name)):
         if ports[held].elem_type != TensorProto.FLOAT8E4M3FN:
             continue
-        join, decode = makers[held], decoders[held]
-        past, codes = join.input
+        again = makers[held] if makers[held].op_type == "QuantizeLinear" else None
+        last, moving = _kept(makers, held if again is None else again.input[0])
+        join = makers[last.input[0]] if last.op_type == "DequantizeLinear" else last
+        joined, (past, codes) = join.output[0], join.input
+        decode = decoders[joined]
         graph.node.remove(decode)
-        names[decode.output[0]] = held
+        if again is not None:
+            graph.node.remove(again)
+            moving[0].output[0] = held
+        names[decode.output[0]] = joined
         decode.input[0], decode.output[0] = codes, f"{held}_kv_new"
         join.input[1] = f"{held}_kv_new"
-        before[held] = [decode]
-        for name in (past, held):
+        before[joined] = [decode]
+        for name in {past, joined, held} & set(ports):
             ports[name].elem_type = kinds[decode.input[1]]
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
     insert_before(graph, before)
     return bool(before)
+
+
+def _types(graph: onnx.GraphProto) -> dict[str, Any]:
+    return {value.name: value.type.tensor_type for value in [*graph.input, *graph.output, *graph.value_info]}

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from headwise.calibration.formats import GRIDS, input_scale
+from headwise.export.absorbed import Absorbed, find_absorbed
 from headwise.export.blocks import TRT, block_nodes
 from headwise.export.edits import drop_unused, insert_before
-from headwise.export.kv_cache import code_caches
+from headwise.export.kv_cache import code_caches, keep_apart
 from headwise.export.matrices import Product, lookups, products
 from headwise.export.precision import Precision, check_graph, to_precision
 from headwise.model.quantization import Codes, Format, MatrixPlan, QuantPlan, scheme
@@ -86,8 +87,11 @@ def write_quantized(
 ) -> QuantizedGraph:
     """Write the graph as the plan says.
 
+    The graph of single tokens gets what was planned on the one that reads prompts: matrices have the same names. Where
+    it multiplies queries and outputs with the matrices of latents, these are quantized and their new inputs are not.
+
     Args:
-        source: the fp32 graph that was planned on.
+        source: the fp32 graph that was planned on, or that of single tokens beside it.
         dst: the new file.
         plan: what becomes of every matrix.
         codes: of every quantized matrix.
@@ -108,12 +112,19 @@ def write_quantized(
         for product in products(model.graph)
         if product.name in planned
     ]
+    promises += [
+        writer.absorb(found, replace(planned[found.name], input_largest=None), codes[found.name])
+        for found in find_absorbed(model.graph)
+        if found.name in planned
+    ]
     promises += [writer.store(name, node, tables[name], codes[name]) for name, node in rows]
     writer.finish()
     if any(node.domain == TRT for node in model.graph.node):
         model.opset_import.append(helper.make_opsetid(TRT, 1))
     check_graph(model, "the quantized graph", fix="report this with the recipe: it is a bug in headwise")
     code_caches(model.graph, "fp8")
+    alone = {promise.node for promise in promises if promise.weights_only}
+    keep_apart(model.graph, alone, SCALE_DTYPES[precision])
     onnx.save(model, str(dst))
     return QuantizedGraph(bytes=dst.stat().st_size, promises=tuple(promises))
 
@@ -121,12 +132,14 @@ def write_quantized(
 def correct_biases(model: onnx.ModelProto, codes: Mapping[str, Codes]) -> None:
     """Add to the biases what ``Codes`` say, in place."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for product in products(model.graph):
-        delta = codes[product.name].bias_delta if product.name in codes else None
-        if delta is not None and product.bias:
-            tensor = constants[product.bias]
-            changed = numpy_helper.to_array(tensor) + delta
-            tensor.CopyFrom(numpy_helper.from_array(changed.astype(np.float32), product.bias))
+    biases = {entry.name: entry.bias for entry in products(model.graph)}
+    biases |= {entry.name: entry.bias for entry in find_absorbed(model.graph)}
+    for name, bias in biases.items():
+        delta = codes[name].bias_delta if name in codes else None
+        if delta is not None and bias:
+            tensor = constants[bias]
+            changed = numpy_helper.to_array(tensor) + delta.reshape(tensor.dims)
+            tensor.CopyFrom(numpy_helper.from_array(changed.astype(np.float32), bias))
 
 
 class _Writer:
@@ -158,6 +171,19 @@ class _Writer:
             format=plan.format,
             weights_only=plan.input_largest is None,
         )
+
+    def absorb(self, found: Absorbed, plan: MatrixPlan, codes: Codes) -> Promise:
+        """Replace an up-projection by the codes of its matrix, those of one head after the other."""
+        assert plan.format is not None, "only quantized matrices come here"
+        shape = next(list(tensor.dims) for tensor in self.graph.initializer if tensor.name == found.weight)
+        reader = next(node for node in self.graph.node if found.weight in node.input)
+        nodes = self.before.setdefault(reader.output[0], [])
+        values = self._weight(found.name, plan, codes, nodes, transposed=True)
+        decode, heads = nodes[-1].name, f"{found.name}.weight_heads"
+        sizes = self._constant(np.asarray(shape), f"{heads}_sizes")
+        nodes.append(helper.make_node("Reshape", [values, sizes], [heads], name=heads))
+        reader.input[:] = [heads if name == found.weight else name for name in reader.input]
+        return Promise(matrix=found.name, node=found.node.name, decode=decode, format=plan.format, weights_only=True)
 
     def store(self, name: str, node: NodeProto, plan: MatrixPlan, codes: Codes) -> Promise:
         """Replace the table that a node reads rows of by codes."""

@@ -38,14 +38,22 @@ class Smoothed:
     explicit: int
 
 
-def smooth(model: onnx.ModelProto, scales: Mapping[str, tuple[int, ...]], names: Collection[str]) -> Smoothed:
+def smooth(
+    model: onnx.ModelProto,
+    scales: Mapping[str, tuple[int, ...]],
+    names: Collection[str],
+    *,
+    fixed: Collection[str] = (),
+) -> Smoothed:
     """Scale channels of activations and the weights behind them, in place.
 
     Args:
         model: an fp32 graph with the shapes that the exporter wrote.
         scales: activation tensor -> one exponent per channel; channels are multiplied by ``2 ** -exponent``.
         names: matrices that shall read the scaled tensor; the others read it as it was.
+        fixed: matrices that no scale may be folded into.
     """
+    kept = {product.node.output[0] for product in products(model.graph) if product.name in fixed}
     found = [product for product in products(model.graph) if product.name in names]
     folded = 0
     before: dict[str, list[NodeProto]] = {}
@@ -54,6 +62,8 @@ def smooth(model: onnx.ModelProto, scales: Mapping[str, tuple[int, ...]], names:
         graph = Channels(model.graph)
         shift = np.asarray(exponents)
         edits = graph.absorb(tap, -shift, {product.node.output[0] for product in members})
+        if edits is not None and any(node.output[0] in kept for node, _, _ in edits):
+            edits = None
         if edits is None:
             before[members[0].node.output[0]] = [_multiplication(model.graph, tap, shift)]
         else:

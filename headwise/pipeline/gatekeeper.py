@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from headwise.gates.speed import Speedup, speed_not_run
 from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
+from headwise.pipeline.graphs import judged
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.speeds import deployed, is_smaller, judge_stage
@@ -36,6 +38,8 @@ from headwise.pipeline.tiny import NOT_JUDGED, judge_structure
 from headwise.pipeline.workspace import Workspace
 
 Cost = Callable[[], dict[str, Any]]
+SINGLE = "single tokens"
+"""What stands behind the name of an output of a decoder's second graph."""
 _PREDICTIONS = "predictions.npz"
 
 
@@ -70,7 +74,14 @@ class Gatekeeper:
         return found
 
     def measure(
-        self, entry: StageEntry, digest: str, runner: Callable[[], Runner], backend: str, *, cost: Cost = dict
+        self,
+        entry: StageEntry,
+        digest: str,
+        runner: Callable[[], Runner],
+        backend: str,
+        *,
+        cost: Cost = dict,
+        single: bool = False,
     ) -> Sequence[Measurement]:
         """Per-sample results of an artifact, from disk where neither it, the data nor the reference have changed.
 
@@ -80,6 +91,7 @@ class Gatekeeper:
             runner: opens it.
             backend: whose versions the result depends on, see ``versions``.
             cost: measures costs in the same go.
+            single: it is the graph of single tokens, whose metrics stand beside those of the other one.
         """
 
         def make(folder: Path) -> dict[str, Any]:
@@ -90,12 +102,19 @@ class Gatekeeper:
             return {"cost": cost()}
 
         key = {**self._data_key(), "artifact": digest, "reference": self.reference_digest, **versions(backend)}
-        stored, why = self.store.get(f"{entry.folder}.measured", "measure", key, make)
+        stored, why = self.store.get(f"{entry.folder}.measured{'-single' * single}", "measure", key, make)
         entry.made(why)
         found = load_measurements(stored.path / SAMPLES)
-        entry.add_metrics(found)
+        entry.add_metrics([replace(one, output=f"{one.output}, {SINGLE}") for one in found] if single else found)
         entry.cost.update(stored.info["cost"])
         return found
+
+    def judge_single(self, entry: StageEntry, digest: str, path: Path) -> list[Verdict]:
+        """Verdicts on the graph of single tokens, from the same whole sequences that the other graph is judged on."""
+        found = self.measure(entry, digest, lambda: OrtRunner(judged(path)), "onnxruntime", single=True)
+        gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
+        verdicts = judge_all(found, gate, entry.name, judge_structure if self.workspace.tiny else judge)
+        return [replace(verdict, output=f"{verdict.output}, {SINGLE}") for verdict in verdicts]
 
     def judge(
         self,

@@ -11,8 +11,10 @@ from headwise.export.precision import Precision
 from headwise.export.quantize import Promise
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 
-GRAPH, DECODED, MODEL = "model.onnx", "decoded.onnx", "model"
-"""Names in the folder of a stage: of graphs, and of the folder of a checkpoint."""
+GRAPH, MODEL = "model.onnx", "model"
+"""Names in the folder of a stage: of its graph, and of the folder of a checkpoint."""
+DECODED = {GRAPH: "decoded.onnx", DECODE: "decoded-decode.onnx"}
+"""Graph -> the same one in numbers that ONNX Runtime computes with; only where it lacks a format of the first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Graph:
         dense: the untouched model's fp32 graph, which latencies are compared with.
         scopes: module paths of the attention layers, whose costs are counted apart.
         promises: what an engine must run in another format.
+        single_promises: the same for the engine of single tokens.
     """
 
     path: Path
@@ -54,9 +57,16 @@ class Graph:
     dense: Path
     scopes: tuple[str, ...]
     promises: tuple[Promise, ...] = ()
+    single_promises: tuple[Promise, ...] = ()
 
     @property
     def decode(self) -> Path | None:
         """The graph for calls of one token per row, where the stage that made this one made one."""
         path = self.path.with_name(DECODE)
         return path if path.exists() else None
+
+
+def judged(path: Path) -> Path:
+    """What ONNX Runtime runs in the place of a graph: the decoded one beside it, or the graph itself."""
+    decoded = path.with_name(DECODED.get(path.name, path.name))
+    return decoded if decoded.exists() else path

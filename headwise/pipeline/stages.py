@@ -18,12 +18,13 @@ from headwise.export.quantize import Promise
 from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine
+from headwise.gates.judge import Verdict
 from headwise.gates.kernels import judge_kernels
 from headwise.model.saving import save_checkpoint
 from headwise.passes.base import run_pass
 from headwise.pipeline.exporting import Exporter
-from headwise.pipeline.gatekeeper import Gatekeeper
-from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel
+from headwise.pipeline.gatekeeper import SINGLE, Gatekeeper
+from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel, judged
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.quantize.stage import Quantizer
 from headwise.pipeline.recipe import Recipe, engine_stage
@@ -133,7 +134,7 @@ class Stages:
             artifact = self._artifact(entry, key, lambda folder: self.exporter.convert(graph, folder))
             path = artifact.path / GRAPH
             converted = replace(graph, path=path, digest=artifact.digest, precision=spec.precision)
-            used = self._judge_graph(entry, artifact, converted, can_roll_back=True)
+            used = self._judge_graph(entry, artifact, converted, can_roll_back=True, single=converted.decode)
         return converted if used else graph
 
     def quantize(self, source: Graph, body: Graph) -> Graph:
@@ -151,17 +152,25 @@ class Stages:
 
             def make(folder: Path) -> dict[str, Any]:
                 made = quantizer.for_tensorrt(options, body.precision, folder)
-                cost = self.exporter.cost(folder / made["runs_as"], source.scopes)
+                cost = self.exporter.cost(judged(folder / GRAPH), source.scopes)
                 own = {"file_bytes": (folder / GRAPH).stat().st_size, **made["cost"]}
                 return {**made, "graph": {**cost, **own}}
 
             artifact = self._artifact(entry, key, make)
             entry.record = dict(artifact.info["record"])
-            promises = tuple(Promise(**promise) for promise in artifact.info["promises"])
-            quantized = replace(body, path=artifact.path / GRAPH, digest=artifact.digest, promises=promises)
+            promises, single_promises = (
+                tuple(Promise(**promise) for promise in artifact.info[key]) for key in ("promises", "single_promises")
+            )
+            quantized = replace(
+                body,
+                path=artifact.path / GRAPH,
+                digest=artifact.digest,
+                promises=promises,
+                single_promises=single_promises,
+            )
             # Its speed on a CPU says nothing: Q/DQ nodes are for TensorRT.
-            judged = replace(quantized, path=artifact.path / artifact.info["runs_as"])
-            used = self._judge_graph(entry, artifact, judged, can_roll_back=True, timed=False)
+            single = quantized.decode
+            used = self._judge_graph(entry, artifact, quantized, can_roll_back=True, timed=False, single=single)
         return quantized if used else body
 
     def deploy(self, source: Graph, name: str) -> None:
@@ -186,13 +195,16 @@ class Stages:
             if options is not None:
                 entry.record = dict(artifact.info["record"])
             deployed = replace(source, path=artifact.path / GRAPH, digest=artifact.digest)
-            self._judge_graph(entry, artifact, deployed, can_roll_back=False)
+            # Without quantization it is the graph that was compared with torch.
+            single = None if options is None else deployed.decode
+            self._judge_graph(entry, artifact, deployed, can_roll_back=False, single=single)
 
     def build(self, graph: Graph, name: str) -> None:
         """Build the engine for one target, and run it through the task where its GPU is."""
         target, spec = resolve_target(name), self.workspace.recipe.export
         with self.results.stage(engine_stage(name)) as entry:
-            check_target(target, graph.precision, {promise.scheme for promise in graph.promises})
+            promised = {promise.scheme for promise in (*graph.promises, *graph.single_promises)}
+            check_target(target, graph.precision, promised)
             shapes = engine_shapes(graph.path, spec, sequence_limit(self.workspace.checkpoint))
             single = shapes["decode"] if graph.decode is not None else {}
             if single:
@@ -222,8 +234,7 @@ class Stages:
                 return
             entry.engine = dict(artifact.info["engine"])
             entry.cost = {"file_bytes": (artifact.path / ENGINE).stat().st_size}
-            listing = entry.engine["listing"]
-            kernels = judge_kernels(None if listing is None else ListingSummary(**listing), graph.promises, entry.name)
+            kernels = _judge_kernels(entry, graph)
             missing = _why_not_here(target)
             if missing:
                 self.gatekeeper.could_not_run(entry, missing, kernels)
@@ -240,7 +251,14 @@ class Stages:
         return artifact
 
     def _judge_graph(
-        self, entry: StageEntry, artifact: Artifact, graph: Graph, *, can_roll_back: bool, timed: bool = True
+        self,
+        entry: StageEntry,
+        artifact: Artifact,
+        graph: Graph,
+        *,
+        can_roll_back: bool,
+        timed: bool = True,
+        single: Path | None = None,
     ) -> bool:
         entry.cost = dict(artifact.info["graph"])
         if not artifact.info.get("runs_on_cpu", True):
@@ -253,12 +271,13 @@ class Stages:
             return {"latency": self.gatekeeper.latency(graph.dense, graph.path, costs)} if timed else {}
 
         measurements = self.gatekeeper.measure(
-            entry, artifact.digest, lambda: OrtRunner(graph.path), "onnxruntime", cost=measure_cost
+            entry, artifact.digest, lambda: OrtRunner(judged(graph.path)), "onnxruntime", cost=measure_cost
         )
         if timed:
             gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
             entry.cost["latency"] = entry.cost["latency"] | in_words(entry.cost["latency"], *costs, gate.confidence)
-        return self.gatekeeper.judge(entry, measurements, can_roll_back=can_roll_back)
+        others = () if single is None else self.gatekeeper.judge_single(entry, artifact.digest, single)
+        return self.gatekeeper.judge(entry, measurements, others, can_roll_back=can_roll_back)
 
     def _latency_table(self, entry: StageEntry, model: StoredModel) -> StoredTable:
         key = {"parent": model.digest, **self.exporter.key()}
@@ -286,6 +305,16 @@ class Stages:
             record["latency"] = self.timing.outcome(timed.table, model.checkpoint.copy().view(), view)
         save_checkpoint(checkpoint, view, folder / MODEL)
         return {"record": record}
+
+
+def _judge_kernels(entry: StageEntry, graph: Graph) -> list[Verdict]:
+    """Verdicts on the kernels of the engine, and of that of single tokens."""
+    engine, found = entry.engine or {}, []
+    for made, promises in ((engine, graph.promises), (engine.get("decode_engine"), graph.single_promises)):
+        listing = None if made is None or made["listing"] is None else ListingSummary(**made["listing"])
+        verdicts = judge_kernels(listing, promises, entry.name)
+        found += verdicts if made is engine else [replace(v, output=f"{v.output}, {SINGLE}") for v in verdicts]
+    return found
 
 
 def _why_not_here(target: Target) -> str:

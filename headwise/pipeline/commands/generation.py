@@ -20,7 +20,7 @@ from headwise.model.decoder import why_no_cache
 from headwise.model.families import FAMILIES
 from headwise.model.sources import quietly
 from headwise.pipeline.folders import compressed_model, is_run, runnable_graph, untouched_model
-from headwise.pipeline.graphs import DECODED
+from headwise.pipeline.graphs import judged
 from headwise.pipeline.report.document import read_report
 from headwise.pipeline.report.summary import Report
 
@@ -195,9 +195,7 @@ def _on_onnxruntime(graph: Path, home: str | None) -> Writer:
     if not graph.exists():
         raise DataError(f"{graph} does not exist", expected="a graph", fix="check the path")
     # Where ONNX Runtime cannot join the codes of a cache, the stage has the same graph with numbers beside it.
-    decoded = graph.with_name(DECODED)
-    graph = decoded if decoded.exists() else graph
-    decode = graph.with_name(DECODE)
+    graph, decode = judged(graph), judged(graph.with_name(DECODE))
     decoder = OrtDecoder(graph, decode=decode if decode != graph and decode.exists() else None)
     if home is None:
         raise DataError(

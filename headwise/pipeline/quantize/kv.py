@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from headwise.calibration.formats import input_scale
 from headwise.calibration.ranges import Tap, collect_ranges
+from headwise.calibration.tasks import Examples
+from headwise.export.decoder import DECODE
 from headwise.export.graph import graph_inputs
 from headwise.export.kv import find_cached, fold_channels, quantize_cached
 from headwise.export.matrices import TapRunner
@@ -26,15 +30,26 @@ _SCALES = np.dtype(np.float16)
 _FOLDED = "folded.onnx"
 
 
-def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, options: Quantize, folder: Path) -> dict[str, Any]:
+def write_kv(
+    workspace: Workspace,
+    monitor: Monitor,
+    graph: Graph,
+    options: Quantize,
+    folder: Path,
+    *,
+    examples: Examples,
+    partial: Path,
+) -> dict[str, Any]:
     """Scale the channels of what is cached, prove that this changes nothing, then quantize it.
 
     Args:
-        workspace: has the calibration samples.
+        workspace: has a batch to compare graphs on.
         monitor: receives progress.
         graph: in fp32.
         options: say which tensors get which format.
-        folder: gets the graph.
+        folder: gets the graph, and that of single tokens where there is one.
+        examples: calibration samples.
+        partial: see ``collect_ranges``.
 
     Returns:
         What the report says: tensors, how many of them have a scale per channel, those that stay as they are, the error
@@ -46,31 +61,37 @@ def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, options: Quan
     wanted = options.kv_formats([entry.label for entry in every])
     cached = [entry for entry in every if entry.label in wanted]
     names = [entry.name for entry in cached]
-    taps = [Tap(name=name, dims=("batch", "heads", "sequence", "width"), heads=True) for name in names]
-    examples = workspace.calibration
-    seen = collect_ranges(
-        TapRunner(source, names),
+    taps = [Tap(name=entry.tap, dims=("batch", "heads", "sequence", "width"), heads=True) for entry in cached]
+    found = collect_ranges(
+        TapRunner(source, [tap.name for tap in taps]),
         examples,
         taps,
         rows=1,
         batch_size=workspace.recipe.batch_size,
         progress=monitor.work("keys and values", len(examples)),
+        partial=partial,
     )
+    seen = {entry.name: found[entry.tap] for entry in cached}
     exponents = {
         entry.name: channel_exponents(seen[entry.name].largest, width=entry.width, pairs=entry.pairs)
         for entry in cached
     }
-    folded = fold_channels(model, exponents)
-    onnx.save(model, str(folder / _FOLDED))
-    error = require_same(source, folder / _FOLDED, workspace.examples.example_batch())
-    (folder / _FOLDED).unlink()
+    graphs = {GRAPH: source, **({} if graph.decode is None else {DECODE: graph.decode})}
+    folded = _foldable(graphs.values(), exponents)
     largest = {
         name: float((seen[name].largest * np.exp2(-exponents[name] if name in folded else 0.0)).max()) for name in names
     }
     formats = {entry.name: wanted[entry.label] for entry in cached}
     scales = {name: input_scale(value or 1.0, formats[name], _SCALES) for name, value in largest.items()}
-    quantize_cached(model, scales, formats)
-    onnx.save(model, str(folder / GRAPH))
+    error = 0.0
+    for name, path in graphs.items():
+        model = onnx.load(str(path))
+        fold_channels(model, {held: exponents[held] for held in folded})
+        onnx.save(model, str(folder / _FOLDED))
+        error = max(error, require_same(path, folder / _FOLDED, workspace.examples.example_batch()))
+        (folder / _FOLDED).unlink()
+        quantize_cached(model, scales, formats)
+        onnx.save(model, str(folder / name))
     return {
         "format": ", ".join(dict.fromkeys(formats.values())),
         "tensors": len(names),
@@ -79,3 +100,8 @@ def write_kv(workspace: Workspace, monitor: Monitor, graph: Graph, options: Quan
         "twin_error": error,
         "cache": any(map(is_past, graph_inputs(source))),
     }
+
+
+def _foldable(graphs: Iterable[Path], exponents: Mapping[str, NDArray[np.float64]]) -> frozenset[str]:
+    """The tensors whose channels every graph can scale: all of them cache the same numbers."""
+    return frozenset.intersection(*(fold_channels(onnx.load(str(path)), exponents) for path in graphs))

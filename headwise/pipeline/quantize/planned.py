@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from headwise.artifacts import write_atomic
 from headwise.calibration.formats import GRIDS, restore
 from headwise.calibration.products import ReadInput, relative_error
 from headwise.calibration.ranges import Observed
+from headwise.export.decoder import DECODE
+from headwise.export.single import absorbed_names
 from headwise.model.quantization import Codes, Matrix, MatrixPlan, QuantPlan
 from headwise.passes.budget import Budget, Measure, Offer, left_alone
 
@@ -47,6 +50,19 @@ class Planned:
     scales: Mapping[str, Any] = field(default_factory=dict)
     kv: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def single(self) -> Path | None:
+        """The fp32 graph of single tokens, scaled likewise; None where there is none."""
+        path = self.path.with_name(DECODE)
+        return path if path.exists() else None
+
+    def absorbed(self) -> tuple[MatrixPlan, ...]:
+        """Quantized matrices that the graph of single tokens multiplies with something else, which stays as it is."""
+        if self.single is None:
+            return ()
+        names = absorbed_names(onnx.load(str(self.single)).graph)
+        return tuple(replace(entry, input_largest=None) for n, entry in self.plan.quantized().items() if n in names)
 
     def within(self, budget: Budget, sweep: Mapping[str, Any], measure: Measure, dtype: np.dtype[Any]) -> Planned:
         """The same with what the budget does not allow left as it is.
@@ -92,7 +108,9 @@ class Planned:
             if row["shared"] and any(row["shared"] == other["shared"] for other in rows[:index]):
                 row |= {"bytes_before": 0, "bytes_after": 0}  # the first one counts for all
         about = {key: self.sweep[key] for key in ("metric", "samples") if key in self.sweep}
-        return {"record": {"matrices": rows, "scales": dict(self.scales), "kv": dict(self.kv), "sweep": about}}
+        single = {} if self.single is None else {"absorbed": [entry.name for entry in self.absorbed()]}
+        scales, kv = dict(self.scales), dict(self.kv)
+        return {"record": {"matrices": rows, "scales": scales, "kv": kv, "sweep": about, "single": single}}
 
     def _row(
         self, matrix: Matrix, entry: MatrixPlan, codes: Mapping[str, Codes], read: ReadInput, dtype: np.dtype[Any]

@@ -14,11 +14,13 @@ from headwise.calibration.products import ReadInput, dynamic_input, quantized_in
 from headwise.calibration.ranges import Observed, collect_ranges, load_ranges, save_ranges
 from headwise.device.runtimes import FULL
 from headwise.export.decode import decode_for_onnxruntime
+from headwise.export.decoder import DECODE
 from headwise.export.dynamic import write_dynamic
 from headwise.export.matrices import TapRunner, find_matrices, find_tables, find_taps
 from headwise.export.ports import cache_bytes
 from headwise.export.precision import Precision
 from headwise.export.quantize import SCALE_DTYPES, write_quantized
+from headwise.export.single import absorbed_names, require_like, smooth_single
 from headwise.export.smoothing import require_same, smooth
 from headwise.export.targets import CPU
 from headwise.model.quantization import Codes, Matrix, QuantPlan
@@ -84,14 +86,18 @@ class Quantizer:
         """
         dtype = SCALE_DTYPES[precision]
         made = self._decide(options, FULL, dtype)
+        keep_io, promises = self.workspace.recipe.export.keep_io, {}
         codes = self._codes(options, made, quantized_input, dtype)
-        keep_io = self.workspace.recipe.export.keep_io
-        written = write_quantized(made.path, folder / GRAPH, made.plan, codes, precision=precision, keep_io=keep_io)
+        for name, (source, own) in codes.items():
+            path = folder / name
+            written = write_quantized(source, path, made.plan, own, precision=precision, keep_io=keep_io)
+            decode_for_onnxruntime(path, folder / DECODED[name])
+            promises[name] = [asdict(promise) for promise in written.promises]
         return {
-            **made.record(codes, quantized_input, dtype, folder),
+            **made.record(codes[GRAPH][1], quantized_input, dtype, folder),
             "cost": _cache_cost(made, folder / GRAPH),
-            "promises": [asdict(promise) for promise in written.promises],
-            "runs_as": DECODED if decode_for_onnxruntime(folder / GRAPH, folder / DECODED) else GRAPH,
+            "promises": promises[GRAPH],
+            "single_promises": promises.get(DECODE, []),
             "runs_on_cpu": precision != "bf16",
         }
 
@@ -100,14 +106,26 @@ class Quantizer:
         dtype = SCALE_DTYPES["fp32"]
         made = self._decide(options, CPU, dtype)
         codes = self._codes(options, made, dynamic_input, dtype)
-        write_dynamic(made.path, folder / GRAPH, made.plan, codes)
+        for name, (source, own) in codes.items():
+            write_dynamic(source, folder / name, made.plan, own)
         cost = _cache_cost(made, folder / GRAPH)
-        return {**made.record(codes, dynamic_input, dtype, folder), "cost": cost}
+        return {**made.record(codes[GRAPH][1], dynamic_input, dtype, folder), "cost": cost}
 
     @staticmethod
-    def _codes(options: Quantize, made: Planned, read: ReadInput, dtype: np.dtype[Any]) -> dict[str, Codes]:
-        found = options.codes(made.plan, made.matrices, made.seen, read, dtype)
-        return {**found, **options.table_codes(made.plan.tables, made.tables, dtype)}
+    def _codes(
+        options: Quantize, made: Planned, read: ReadInput, dtype: np.dtype[Any]
+    ) -> dict[str, tuple[Path, dict[str, Codes]]]:
+        """Name of every graph -> the fp32 graph, and the numbers that the plan asks for."""
+        codes = options.codes(made.plan, made.matrices, made.seen, read, dtype)
+        codes |= options.table_codes(made.plan.tables, made.tables, dtype)
+        found = {GRAPH: (made.path, codes)}
+        if made.single is not None:
+            require_like(onnx.load(str(made.single)), onnx.load(str(made.path)))
+            # What is absorbed has the same codes; its bias makes good what these do, as its input is not quantized.
+            absorbed = QuantPlan(matrices=made.absorbed())
+            others = options.codes(absorbed, made.matrices, made.seen, read, dtype)
+            found[DECODE] = made.single, {**codes, **others}
+        return found
 
     def _decide(self, options: Quantize, runtime: str, dtype: np.dtype[Any]) -> Planned:
         """The plan for one runtime, and what it rests on."""
@@ -117,10 +135,11 @@ class Quantizer:
             return replace(made, tables=tables, plan=replace(made.plan, tables=options.plan_tables(tables)))
 
         def make(folder: Path) -> dict[str, Any]:
-            return {"kv": write_kv(self.workspace, self.monitor, self.source, options, folder)}
+            given = self.workspace, self.monitor, self.source, options, folder
+            return {"kv": write_kv(*given, examples=self.fitted, partial=self.store.partial(name, key))}
 
-        key = {**self._ranges_key(), "kv": options.kv, **versions("onnx")}
-        stored, _ = self.store.get(f"{self.source.path.parent.name}.kv", "kv", key, make)
+        name, key = f"{self.source.path.parent.name}.kv", {**self._ranges_key(), "kv": options.kv, **versions("onnx")}
+        stored, _ = self.store.get(name, "kv", key, make)
         source = replace(self.source, path=stored.path / GRAPH, digest=stored.digest)
         inner = Quantizer(self.workspace, self.store, self.monitor, source)
         return replace(inner._decide(options.model_copy(update={"kv": None}), runtime, dtype), kv=stored.info["kv"])
@@ -137,9 +156,15 @@ class Quantizer:
             scales = options.smoothing(matrices, seen, _READS[runtime])
             model = onnx.load(str(path))
             names = list(options.plan(matrices, seen).quantized())
-            made = smooth(model, scales, names)
+            single = None if self.source.decode is None else onnx.load(str(self.source.decode))
+            made = smooth(model, scales, names, fixed=() if single is None else absorbed_names(single.graph))
             onnx.save(model, str(folder / GRAPH))
             error = require_same(path, folder / GRAPH, self.workspace.examples.example_batch())
+            if single is not None and self.source.decode is not None:
+                smooth_single(single, matrices, scales, names)
+                onnx.save(single, str(folder / DECODE))
+                batch = self.workspace.examples.example_batch()
+                error = max(error, require_same(self.source.decode, folder / DECODE, batch))
             smoothed = find_matrices(folder / GRAPH)
             final = self._collect(folder / GRAPH, smoothed, runtime, moments=options.moments(), partial=partial)
             save_ranges(final, folder / _RANGES)
@@ -163,7 +188,7 @@ class Quantizer:
 
         def write(folder: Path, plan: QuantPlan) -> Path:
             chosen = {name: codes[name] for name in plan.quantized()}
-            graph, decoded = folder / GRAPH, folder / DECODED
+            graph, decoded = folder / GRAPH, folder / DECODED[GRAPH]
             if runtime == CPU:
                 write_dynamic(made.path, graph, plan, chosen)
                 return graph

@@ -6,7 +6,7 @@ The terminal, the HTML page and the Markdown file print these rows, so that they
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,8 +184,19 @@ def _exactness_notes(report: Report) -> Iterator[str]:
                 f"{stage['name']}: calls of one token have a graph of their own, with latent attention absorbed; it "
                 f"differs from torch by {worst:.1g} at most"
             )
+        if record.get("single"):
+            yield f"{stage['name']}: {_single(stage, record['single']['absorbed'])}"
         if record.get("forms"):
             yield f"{stage['name']}: {_forms(record['forms'])}"
+
+
+def _single(stage: Stage, absorbed: Sequence[str]) -> str:
+    """What the graph of single tokens has of a plan; ONNX Runtime has no integer product of one head."""
+    kept = "in fp32, with the numbers of their codes" if stage["name"] == "cpu" else "in codes, for weights only"
+    return (
+        f"calls of one token have a graph of their own, with the same codes and scales; {len(absorbed)} matrices of "
+        f"latents, which it multiplies queries and outputs with, are {kept}"
+    )
 
 
 def _budgeted(latency: Mapping[str, Any]) -> str:
