@@ -12,10 +12,11 @@ from headwise.device.cuda import gpu
 from headwise.errors import MachineError
 from headwise.export.decoder import DECODE
 from headwise.export.graph import copy_graph
+from headwise.export.judged import judged
 from headwise.export.listing import ListingSummary
 from headwise.export.profiles import engine_shapes
 from headwise.export.quantize import Promise
-from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
+from headwise.export.runners import TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine
 from headwise.gates.kernels import judge_kernels
@@ -229,7 +230,7 @@ class Stages:
                 self.gatekeeper.could_not_run(entry, missing, kernels)
                 return
             measurements = self.gatekeeper.measure(
-                entry, artifact.digest, lambda: EngineRunner(artifact.path / ENGINE), "tensorrt"
+                entry, artifact.digest, lambda: judged(artifact.path / ENGINE), "tensorrt"
             )
             self.gatekeeper.judge(entry, measurements, kernels, can_roll_back=False)
 
@@ -253,7 +254,7 @@ class Stages:
             return {"latency": self.gatekeeper.latency(graph.dense, graph.path, costs)} if timed else {}
 
         measurements = self.gatekeeper.measure(
-            entry, artifact.digest, lambda: OrtRunner(graph.path), "onnxruntime", cost=measure_cost
+            entry, artifact.digest, lambda: judged(graph.path), "onnxruntime", cost=measure_cost
         )
         if timed:
             gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
