@@ -1,10 +1,11 @@
-"""Token pruning per head, per layer and by chance, on a sentence encoder and on a vision transformer.
+"""Token pruning per head, per layer and by chance, on a sentence encoder, a vision transformer and a language model.
 
 Commands, each of which writes its part of OUT.json and all of OUT.md; benchmarks/README.md has the details.
 
     python benchmarks/token_pruning.py sts  --out OUT --model DIR --train FILE --split test --data FILE
     python benchmarks/token_pruning.py long --out OUT --model DIR --train FILE --split test --data FILE
     python benchmarks/token_pruning.py vit  --out OUT --model DIR --work FOLDER
+    python benchmarks/token_pruning.py language --out OUT --model stories260k --text FILE
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import click
 import numpy as np
 import torch
 from common import Bench, Results, Row, both, common, sts_bench, table, threads
+from prompt_pruning import markdown, measured, prompt_variants
+from stream_heads import read
 
 from headwise.calibration.data import Table
 from headwise.calibration.tasks import Examples
@@ -171,6 +174,20 @@ def vit(out: Path, model: str, work: Path, limit: int | None) -> None:
     RESULTS.save(out, "vit", {"checkpoint": checkpoint.digest, "images": len(images), "rows": rows})
 
 
+@main.command()
+@common
+@click.option("--text", required=True, help="Stories separated by <|endoftext|>.")
+def language(out: Path, model: str, text: str) -> None:
+    """Nats per token behind a pruned prompt of 256 tokens, beside caches of as many bytes; a run cut short goes on."""
+    data = read(model, text)
+    facts = {"checkpoint": data.checkpoint.digest, "windows": len(data.windows)}
+    rows = RESULTS.rows(out, "language", facts)
+    for row in prompt_variants()[len(rows) :]:
+        rows.append(measured(data, row))
+        click.echo(json.dumps(rows[-1]), err=True)
+        RESULTS.save(out, "language", {**facts, "rows": rows})
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,12 +234,13 @@ def _write_vit(part: Row) -> str:
 
 
 def _parts(names: Sequence[str]) -> Mapping[str, object]:
-    return {name: _write_vit if name == "vit" else _write_encoder for name in names}
+    own = {"vit": _write_vit, "language": markdown}
+    return {name: own.get(name, _write_encoder) for name in names}
 
 
 RESULTS = Results(
     title="Token pruning per head",
-    writers=_parts(["sts-dev", "sts-test", "long-dev", "long-test", "vit"]),  # type: ignore[arg-type]
+    writers=_parts(["sts-dev", "sts-test", "long-dev", "long-test", "vit", "language"]),  # type: ignore[arg-type]
 )
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from headwise.model.saving import save_checkpoint
 from headwise.model.surgery import apply, twin
 from headwise.model.token_budget import TokenBudget
 from headwise.model.token_edits import KeepTokens
-from headwise.model.token_select import keep_keys
+from headwise.model.token_select import Parts, Tokens, keep_keys, scores_of
+from headwise.model.token_tally import Sum, turn_of
 from headwise.model.view import ModelView
 from headwise.passes.base import make_plan, run_pass
 from headwise.passes.prune_tokens import PruneTokens, _spread
@@ -38,6 +39,8 @@ HALF = TokenBudget(keep=0.5)
 VARIANTS = {
     "pooled": HALF,
     "received": replace(HALF, score="received"),
+    "accumulated": replace(HALF, score="accumulated"),
+    "window": replace(HALF, score="window", queries=2),
     "random": replace(HALF, score="random"),
     "dropped": replace(HALF, rest="drop"),
     "shared": replace(HALF, shared=True, weighted=False),
@@ -69,7 +72,7 @@ def heads(seed: int = 0, tokens: int = 8) -> tuple[torch.Tensor, torch.Tensor, t
 def attention(budget: TokenBudget | None, *parts: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:
     query, key, value = parts
     if budget is not None:
-        kept = keep_keys(budget, query, key, value, shift, 1.0)
+        kept = keep_keys(budget, Parts(query=query, key=key, value=value, scale=1.0), shift)
         key, value, shift = kept.key, kept.value, kept.shift
     scores = query @ key.mT if shift is None else query @ key.mT + shift
     return torch.softmax(scores, dim=-1) @ value
@@ -141,7 +144,7 @@ def test_heads_keep_tokens_of_their_own_and_the_protected_ones() -> None:
     budget = TokenBudget(keep=0.25, rest="drop", first=1, last=1)
 
     def kept_positions(chosen: TokenBudget) -> list[set[int]]:
-        found = keep_keys(chosen, query, key, value, None, 1.0).key
+        found = keep_keys(chosen, Parts(query=query, key=key, value=value, scale=1.0), None).key
         assert found.shape[2] == 4
         same = (found[:, :, :, None] == key[:, :, None]).all(-1)
         return [set(torch.nonzero(same[row, head].any(0)).flatten().tolist()) for row in (0, 1) for head in range(3)]
@@ -155,9 +158,33 @@ def test_heads_keep_tokens_of_their_own_and_the_protected_ones() -> None:
     assert not any({0, 15} & positions for positions in free), "their values are zero, so that they are worth nothing"
 
 
+def test_accumulated_scores_add_what_the_mean_head_of_earlier_layers_received() -> None:
+    query, key, value = heads()
+    parts, budget = Parts(query=query, key=key, value=value, scale=1.0), replace(HALF, score="accumulated")
+    tokens, received = Tokens.of(key, None), torch.softmax(query @ key.mT, -1).sum(2)
+    total = Sum()
+    first = scores_of(replace(budget, weighted=False), parts, tokens, None, total)
+    second = scores_of(budget, parts, tokens, None, total)
+    assert torch.allclose(first, received)
+    assert torch.allclose(second, (received + received.mean(1, keepdim=True)) * value.norm(dim=-1))
+
+
+def test_a_sum_begins_anew_in_every_pass_and_leaves_nothing_behind() -> None:
+    view, inputs = pruned("bert", VARIANTS["accumulated"]), make_inputs("bert")
+    first = outputs(view, inputs)
+    turn = turn_of(view.attention[0].caller)
+    assert turn is not None
+    assert turn.sum.told is None
+    assert largest_difference(first, outputs(view, inputs)) == 0.0
+    plain = pruned("bert", VARIANTS["received"])
+    assert turn_of(plain.attention[0].caller) is None
+    assert largest_difference(first, outputs(plain, inputs)) > 100 * TWIN
+
+
 def test_grouped_heads_choose_with_all_queries_of_their_group() -> None:
     query, key, value = heads()
-    kept = keep_keys(replace(HALF, score="received", rest="drop"), query, key[:, :1], value[:, :1], None, 1.0)
+    parts = Parts(query=query, key=key[:, :1], value=value[:, :1], scale=1.0)
+    kept = keep_keys(replace(HALF, score="received", rest="drop"), parts, None)
     received = torch.softmax(query @ key[:, :1].mT, -1).sum((1, 2)) * value[:, 0].norm(dim=-1)
     received[:, 0] = 1e9
     best = received.topk(4).indices.sort().values
@@ -208,6 +235,9 @@ STREAM = {
     "dropped": TokenBudget(keep=0.7, stream=True, rest="drop"),
     "fused": TokenBudget(keep=0.7, stream=True, rest="fuse"),
     "merged": TokenBudget(keep=0.7, stream=True, rest="merge", score="received"),
+    "accumulated, dropped": TokenBudget(keep=0.7, stream=True, rest="drop", score="accumulated"),
+    "accumulated, fused": TokenBudget(keep=0.7, stream=True, rest="fuse", score="accumulated"),
+    "accumulated, merged": TokenBudget(keep=0.7, stream=True, rest="merge", score="accumulated"),
 }
 STACKS = sorted(set(ENCODERS) - {"albert"})
 
@@ -218,8 +248,10 @@ def leaving(view: ModelView, budget: TokenBudget) -> EditPlan:
     return EditPlan(edits=tuple(KeepTokens(layer=i, budget=replace(budget, keep=k)) for i, k in enumerate(shares)))
 
 
-@pytest.mark.parametrize("family", STACKS)
-@pytest.mark.parametrize("name", sorted(STREAM))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for name in sorted(STREAM) for family in (["bert", "vit"] if "accumulated" in name else STACKS)],
+)
 def test_tokens_that_left_are_as_good_as_hidden_and_merged_ones_as_copies(family: str, name: str) -> None:
     view, inputs = ModelView.of(make_model(family)), make_inputs(family)
     untouched = outputs(view, inputs)
@@ -389,7 +421,11 @@ def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], m
         ("bert", {"keep": [0.5, 0.7, 0.7], "reduce": "tokens"}, "keep grows from 0.5 to 0.7 behind layer 1"),
         ("bert", {"keep": [1.0] * (LAYERS - 1) + [0.5], "reduce": "tokens"}, "no token would leave"),
         ("albert", {"keep": 0.5, "reduce": "tokens"}, "reduce: tokens on layers of "),
-        ("llama", {"keep": 0.5}, "prune-tokens in layer 0, where every token sees earlier ones only"),
+        (
+            "bart",
+            {"keep": 0.5},
+            "cannot be applied to layer 1 .*\n.*prompts, of which heads keep a share,",
+        ),
     ],
 )
 def test_plans_that_cannot_be_made_say_why(family: str, options: dict[str, Any], message: str) -> None:

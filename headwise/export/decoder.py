@@ -6,7 +6,8 @@ Shape letters: B batch, P tokens of the past, T tokens of a call, S all tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,17 +22,20 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from headwise.calibration.tasks import Examples
 from headwise.errors import ExportError
 from headwise.export.graph import clean_up, save_graph, signature
+from headwise.export.halves import check_halves
 from headwise.export.onnx import Case, ExportInfo, Parity, compare, not_traceable, to_onnx
 from headwise.export.ports import IDS, MASK, POSITIONS, axis_names, check_ports
 from headwise.export.precision import ExportSpec
 from headwise.export.stepping import Decoder, OrtDecoder, TorchDecoder
 from headwise.export.tracing import caching, grouped_heads, quiet
-from headwise.model.cache import CacheLayout
-from headwise.model.decoder import cache_slots, held, positions, why_no_cache
+from headwise.model.cache import CacheLayout, past_axis
+from headwise.model.decoder import cache_slots, held, positions, prunes, why_no_cache
 from headwise.model.finding import longest_sequence
 from headwise.model.forward import to_torch
 from headwise.model.latent_attention import LatentAttention
 from headwise.model.latent_form import latent_form
+from headwise.model.prompt_cache import PromptLayer
+from headwise.model.prompt_tokens import single_tokens, takes_single
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
 from headwise.tolerances import ONNX_PARITY
@@ -41,6 +45,8 @@ DECODE = "decode.onnx"
 """The graph for calls of one token per row, beside that which reads prompts."""
 _PAST, _NEW, _PAST_WINDOW = 4, 3, 5
 """Tokens that the graph is traced with: sizes of axes that vary must differ from each other, and from the batch's 2."""
+_LONGEST_PROMPT = 128
+"""Tokens of the prompts that a graph is checked with."""
 _SINGLE = 5
 """How many tokens are read one by one when a graph is checked."""
 
@@ -57,7 +63,8 @@ def export_decode(view: ModelView, examples: Examples, prompts: Path, spec: Expo
     """Export the graph for calls of one token per row, and check that it goes on where the other one has read.
 
     Its latent attention is absorbed: attention reads the latents of all tokens as they are, where the graph that reads
-    prompts computes keys and values of all heads from them in every call.
+    prompts computes keys and values of all heads from them in every call. Layers that keep a share of every prompt
+    choose nothing.
 
     Args:
         view: the model.
@@ -66,18 +73,18 @@ def export_decode(view: ModelView, examples: Examples, prompts: Path, spec: Expo
         spec: the recipe's options.
 
     Returns:
-        None where the recipe wants none, and where there is nothing to absorb.
+        None where the recipe wants none, and where there is nothing to absorb and nothing that is chosen.
 
     Raises:
         ExportError: see ``decoder_to_onnx``.
     """
     ids = examples.example_batch().get(IDS)
     latents = [layer.module for layer in view.attention if isinstance(layer.module, LatentAttention)]
-    absorbs = any(layer.absorbs for layer in latents)
-    if spec.decode == "same" or not absorbs or ids is None or not caches(view, examples.example_batch(), spec.cache):
+    differs = any(layer.absorbs for layer in latents) or any(map(prunes, view.layout.cache.layers))
+    if spec.decode == "same" or not differs or ids is None or not caches(view, examples.example_batch(), spec.cache):
         return None
     path = prompts.with_name(DECODE)
-    with latent_form("absorbed"):
+    with latent_form("absorbed"), single_tokens():
         info = decoder_to_onnx(view, ids, path, opset=spec.opset)
     return replace(
         info, parity=(*info.parity, *check_decoder(view, prompts, _tokens(ids, _checked_length(view)), decode=path))
@@ -103,7 +110,14 @@ def caches(view: ModelView, batch: Mapping[str, NDArray[Any]], wanted: Literal["
             expected="a causal language model whose layers cache keys and values",
             fix="set export.cache to auto or false",
         )
-    return bool(wanted) and not refusal
+    found = bool(wanted) and not refusal
+    if not found and any(map(prunes, view.layout.cache.layers)):
+        raise ExportError(
+            f"prune-tokens keeps a share of every prompt in a cache, but {refusal or 'export.cache is false'}",
+            expected="a graph with a cache",
+            fix="leave prune-tokens out" if refusal else "set export.cache to auto",
+        )
+    return found
 
 
 def decoder_to_onnx(
@@ -132,9 +146,9 @@ def decoder_to_onnx(
     """
     module: Any = view.module
     layout = view.layout.cache
-    inputs = _behind_cached_tokens(view, _tokens(ids, _PAST + _NEW))
+    inputs = _behind_cached_tokens(view, ids)
     try:
-        with quiet(), caching(module, True), grouped_heads(), torch.no_grad():
+        with quiet(), caching(module, True), grouped_heads(), _masks_of_tokens(view), torch.no_grad():
             program = OnnxExporter().export(module, inputs, config=_config(layout, opset)).program
     except Exception as error:  # the exporter raises anything, from TypeError to internal assertions
         raise not_traceable(module, error) from error
@@ -144,12 +158,14 @@ def decoder_to_onnx(
     clean_up(program, inputs=list(names), outputs=[LOGITS, *layout.present()], dynamic=dynamic, names=names)
     check_ports(program.graph, layout)
     save_graph(program, path)
+    pruned, length = any(map(prunes, layout.layers)), _checked_length(view)
     return ExportInfo(
         inputs={str(value.name): signature(value) for value in program.graph.inputs},
         outputs={str(value.name): signature(value) for value in program.graph.outputs},
         opset=program.opset_imports[""],
         nodes=dict(sorted(Counter(node.op_type for node in program.graph).items())),
-        parity=check_decoder(view, path, _tokens(ids, _checked_length(view)), tolerance),
+        # A graph for single tokens is checked together with the one that reads prompts.
+        parity=() if pruned and takes_single() else check_decoder(view, path, _tokens(ids, length), tolerance),
     )
 
 
@@ -173,6 +189,8 @@ def check_decoder(
     Raises:
         ExportError: logits of real tokens, or what is cached, differ by more.
     """
+    if any(map(prunes, view.layout.cache.layers)):
+        return check_halves(view, path, ids, tolerance, decode=decode)
     rows = len(ids)
     padding = np.minimum(np.arange(rows), ids.shape[1] - 1)[:, None]
     column = np.arange(ids.shape[1])[None]
@@ -233,22 +251,57 @@ def _checked_length(view: ModelView) -> int:
     """Tokens that show every way in which a graph is used: more than the caches of heads with a window hold."""
     tensors = [tensor for tensors in view.layout.cache.layers for tensor in tensors]
     length = max([_PAST + _NEW, *(tensor.longest + _NEW for tensor in tensors if tensor.longest is not None)])
+    budgets = [tensor.budget for tensor in tensors if tensor.budget is not None]
+    # Half of it is a prompt in which some of what is kept is chosen, and some of what is not.
+    choices = [min(_LONGEST_PROMPT, int((b.first + b.last + _NEW) / b.keep)) for b in budgets]
+    length = max([length, *(2 * tokens for tokens in choices)])
     return min(length, longest_sequence(view.module) or length)
 
 
-def _behind_cached_tokens(view: ModelView, ids: NDArray[np.int64]) -> dict[str, Any]:
+def _behind_cached_tokens(view: ModelView, ids: NDArray[Any]) -> dict[str, Any]:
     """The inputs of a call behind ``_PAST`` cached tokens; the second row is padded on the left."""
+    layout = view.layout.cache
+    budgets = [tensors[0].budget for tensors in layout.layers if prunes(tensors)]
+    # A size of 1 would be taken for a constant, also where it follows from another one.
+    new = max([_NEW, *(int(2 / budget.keep) + 2 for budget in budgets if budget is not None)])
+    ids = _tokens(ids, _PAST + new)
     mask = np.ones_like(ids)
     mask[1, 0] = 0
     decoder = TorchDecoder(view)
     _read(decoder, ids[:, :_PAST], mask[:, :_PAST], [_PAST])
-    arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, _NEW)}
-    longest = sorted({t.longest for tensors in view.layout.cache.layers for t in tensors if t.longest is not None})
-    for layer, tensors in zip(decoder.cache.layers, view.layout.cache.layers, strict=True):
+    arrays = {IDS: ids[:, _PAST:], MASK: mask, POSITIONS: positions(mask, new)}
+    longest = sorted({t.longest for tensors in layout.layers for t in tensors if t.longest is not None})
+    shares = sorted({past_axis(tensors[0]) for tensors in layout.layers if prunes(tensors)})
+    for layer, tensors in zip(decoder.cache.layers, layout.layers, strict=True):
         if isinstance(layer, StreamingLayer):
             lengths = [t.longest for t in tensors[::2] if t.longest is not None]
             layer.resize([_PAST_WINDOW + 4 * longest.index(tokens) for tokens in lengths])
+        if isinstance(layer, PromptLayer):
+            # Layers that keep the same share hold equally many.
+            layer.resize(2 * new + _PAST_WINDOW + 4 * shares.index(past_axis(tensors[0])))
     return {**to_torch(arrays), "past_key_values": decoder.cache}
+
+
+@contextmanager
+def _masks_of_tokens(view: ModelView) -> Iterator[None]:
+    """Give attention whole masks where every layer keeps a share, so that no cache says how many tokens there were."""
+
+    def expand(
+        _: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask, new = given[MASK], given[IDS].shape[1]
+        total = mask.shape[1]
+        query = torch.arange(new)[:, None] + (total - new)
+        return args, {**given, MASK: ((torch.arange(total)[None] <= query) & mask.bool()[:, None])[:, None]}
+
+    if not all(map(prunes, view.layout.cache.layers)):
+        yield
+        return
+    hook = view.module.register_forward_pre_hook(expand, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _config(layout: CacheLayout, opset: int) -> OnnxConfig:

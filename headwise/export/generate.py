@@ -23,7 +23,8 @@ See = Callable[[int, int], None]
 """Called with the number of a prompt and every new token of it."""
 
 PART = 512
-"""Tokens of a prompt that are read by one call: scores of all of them are computed, which takes V floats for each."""
+"""Tokens of a prompt that are read by one call: scores of all of them are computed, which takes V floats for each.
+Decoders that keep a share of a prompt read all of it at once."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,8 +150,9 @@ def _continue(
     ids = np.full_like(mask, pad)
     ids[mask == 1] = np.concatenate(prompts)
     decoder.begin(len(prompts))
-    for start in range(0, width, PART):
-        part, seen = ids[:, start : start + PART], mask[:, : start + PART]
+    size = width if decoder.prunes else PART
+    for start in range(0, width, size):
+        part, seen = ids[:, start : start + size], mask[:, : start + size]
         scores = decoder(part, seen, positions(seen, part.shape[1]))[:, -1]
     running = list(range(len(prompts)))
     while True:

@@ -15,25 +15,12 @@ from numpy.typing import NDArray
 from headwise.device.arrays import Dims
 from headwise.errors import ExportError
 from headwise.export.graph import signature
-from headwise.model.cache import CacheLayout, CacheTensor, is_past
+from headwise.model.cache import SEQUENCE, TOTAL_SEQUENCE, CacheLayout, is_past, past_axis
 from headwise.model.decoder import positions
 
 Arrays = Mapping[str, NDArray[Any]]
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
-PAST_WINDOW = "past_window_"
-SEQUENCE, PAST_SEQUENCE, TOTAL_SEQUENCE = "sequence", "past_sequence", "total_sequence"
-"""Names of the axes of tokens: of this call, of earlier calls, and of both."""
-
-
-def past_axis(tensor: CacheTensor) -> str:
-    """Name of the axis of tokens of a graph's input; tensors that hold some tokens only have one of their own."""
-    return PAST_SEQUENCE if tensor.longest is None else f"{PAST_WINDOW}{tensor.longest}"
-
-
-def most_held(axis: str) -> int | None:
-    """How many tokens there are at most along an axis that ``past_axis`` named; None where that is not bounded."""
-    return int(axis.removeprefix(PAST_WINDOW)) if axis.startswith(PAST_WINDOW) else None
 
 
 def axis_names(layout: CacheLayout) -> dict[str, dict[int, str]]:
@@ -90,7 +77,8 @@ def check_ports(graph: ir.Graph, layout: CacheLayout) -> None:
     )
     for side, values, tensors in sides:
         for name, tensor in tensors.items():
-            held = TOTAL_SEQUENCE if tensor.longest is None else f"window_{tensor.longest}"
+            held = past_axis(tensor).removeprefix("past_")
+            held = TOTAL_SEQUENCE if held == SEQUENCE else held
             wanted = tensor.dims("batch", past_axis(tensor) if side == "input" else held)
             found = signature(values[name])[1] if name in values else ()
             # Sizes that vary have no name of their own in an output.

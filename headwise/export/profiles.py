@@ -8,9 +8,8 @@ from pathlib import Path
 from headwise.device.arrays import Dims
 from headwise.errors import ExportError
 from headwise.export.graph import graph_inputs
-from headwise.export.ports import PAST_SEQUENCE, TOTAL_SEQUENCE, most_held
 from headwise.export.precision import ExportSpec, Range
-from headwise.model.cache import is_past
+from headwise.model.cache import PAST_KEPT, PAST_SEQUENCE, PAST_WINDOW, TOTAL_SEQUENCE, held_of, is_past
 
 Profiles = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Input -> ``min``, ``opt`` and ``max`` shape."""
@@ -77,10 +76,11 @@ def decode_profiles(onnx_path: Path, profiles: Profiles) -> dict[str, dict[str, 
         profiles: of calls of any length, see :func:`profiles_for`.
     """
     inputs = graph_inputs(onnx_path)
-    past = next((name for name, dims in inputs.items() if is_past(name) and PAST_SEQUENCE in dims), None)
-    if past is None:
+    # A tensor that holds all tokens, or one that does where prompts are short.
+    ends = [(name, axis) for name, dims in inputs.items() for axis, dim in enumerate(dims) if _unbounded(name, dim)]
+    if not ends:
         return {}
-    axis = inputs[past].index(PAST_SEQUENCE)
+    past, axis = ends[0]
     context = profiles[past]["max"][axis]
     lengths = {"min": 0, "opt": context // 2, "max": context}
     sizes = {
@@ -91,6 +91,10 @@ def decode_profiles(onnx_path: Path, profiles: Profiles) -> dict[str, dict[str, 
     return _shapes(inputs, sizes, dict.fromkeys(_KINDS, 1))
 
 
+def _unbounded(name: str, dim: int | str) -> bool:
+    return is_past(name) and isinstance(dim, str) and dim.startswith((PAST_SEQUENCE, PAST_KEPT))
+
+
 def _shapes(
     inputs: Mapping[str, Dims], sizes: Mapping[str, Mapping[str, int]], others: Mapping[str, int]
 ) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -99,13 +103,12 @@ def _shapes(
     def size(axis: int, dim: int | str, kind: str) -> int:
         if isinstance(dim, int):
             return dim
-        most = most_held(dim)
-        # What heads with a window keep of the past.
-        return (
-            sizes.get("batch" if axis == 0 else dim, others)[kind]
-            if most is None
-            else min(sizes[PAST_SEQUENCE][kind], most)
-        )
+        if axis and dim.startswith(PAST_KEPT) and kind == "max":
+            # A text may be a short prompt and many tokens behind it, all of which are held.
+            return sizes[PAST_SEQUENCE][kind]
+        if axis and dim.startswith((PAST_KEPT, PAST_WINDOW)):
+            return held_of(dim, sizes[PAST_SEQUENCE][kind])
+        return sizes.get("batch" if axis == 0 else dim, others)[kind]
 
     return {
         name: {kind: tuple(size(axis, dim, kind) for axis, dim in enumerate(dims)) for kind in _KINDS}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headwise.device.arrays import BF16, Port
 from headwise.errors import DataError
-from headwise.model.cache import is_past
+from headwise.model.cache import SHIFT, held_of, is_past
 
 _VIEWS = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 """Operators behind which ids are still ids, and tables still tables."""
@@ -57,8 +57,9 @@ def random_inputs(inputs: Mapping[str, Port], case: Case, seed: int = 0) -> dict
                 fix=f"use --batch {dims[0]}, or export with an axis that varies",
             )
         past = case.past or 0
-        varying = past if is_past(name) else past + case.tokens if cached and name == "attention_mask" else case.tokens
-        shape = (case.batch, *(dim if isinstance(dim, int) else varying for dim in dims[1:]))
+        varying = past + case.tokens if cached and name == "attention_mask" else case.tokens
+        sizes = [dim if isinstance(dim, int) else held_of(dim, past) if is_past(name) else varying for dim in dims[1:]]
+        shape = (case.batch, *sizes)
         random = np.random.default_rng([seed, *name.encode()])
         found[name] = np.array(_content(name, shape, case, random), "float32" if dtype == BF16 else dtype, order="C")
     return found
@@ -67,7 +68,7 @@ def random_inputs(inputs: Mapping[str, Port], case: Case, seed: int = 0) -> dict
 def _content(name: str, shape: tuple[int, ...], case: Case, random: np.random.Generator) -> NDArray[Any]:
     if name.endswith("attention_mask"):
         return np.ones(shape)
-    if name.endswith(("padding_mask", "token_type_ids")):
+    if name.endswith(("padding_mask", "token_type_ids", f".{SHIFT}")):
         return np.zeros(shape)
     if name == "position_ids":
         return np.broadcast_to(np.arange(shape[-1]) + (case.past or 0), shape)

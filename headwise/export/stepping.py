@@ -17,7 +17,7 @@ from headwise.device.arrays import as_float32
 from headwise.device.session import open_session, ports
 from headwise.errors import DataError
 from headwise.export.ports import IDS, MASK, POSITIONS
-from headwise.model.cache import PAST, is_past, is_present, next_past
+from headwise.model.cache import PAST, is_past, is_present, next_past, prunes_prompts
 from headwise.model.decoder import empty_past, make_cache, read_cache
 from headwise.model.view import ModelView
 
@@ -29,9 +29,11 @@ class Decoder(Protocol):
 
     Attributes:
         name: ``torch`` or ``onnxruntime``.
+        prunes: whether it keeps a share of every prompt, so that one call has to read all of it.
     """
 
     name: str
+    prunes: bool
 
     def begin(self, rows: int) -> None:
         """Forget everything; the next calls have this many rows."""
@@ -58,6 +60,7 @@ class TorchDecoder:
     def __init__(self, view: ModelView) -> None:
         self._module: Any = view.module
         self._layout = view.layout.cache
+        self.prunes = prunes_prompts(self._layout.past())
         self.begin(1)
 
     def begin(self, rows: int) -> None:
@@ -108,6 +111,7 @@ class OrtDecoder:
                 expected=f"a decoder with inputs such as {PAST}.0.key and outputs such as present.0.key",
                 fix="export it with export.cache: true, which is the default for causal language models",
             )
+        self.prunes = prunes_prompts(self._inputs)
         self._present = [name for name in self._outputs if is_present(name)]
         self._logits = next(name for name in self._outputs if not is_present(name))
         self.begin(1)

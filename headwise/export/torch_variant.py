@@ -11,7 +11,7 @@ from headwise.errors import DataError, MachineError
 from headwise.export.ports import IDS, MASK, POSITIONS
 from headwise.export.random_inputs import Case, random_inputs
 from headwise.export.variants import Inputs
-from headwise.model.cache import is_past
+from headwise.model.cache import is_past, past_axis
 from headwise.model.checkpoint import load_checkpoint
 from headwise.model.decoder import make_cache, why_no_cache
 from headwise.model.forward import run
@@ -58,7 +58,9 @@ class TorchVariant:
         layout = self._view.layout.cache
         self._past = None
         if case.past is not None:
-            inputs |= {name: Port("float32", tensor.dims("batch", "past")) for name, tensor in layout.past().items()}
+            inputs |= {
+                name: Port("float32", tensor.dims("batch", past_axis(tensor))) for name, tensor in layout.past().items()
+            }
             inputs[POSITIONS] = Port("int64", ("batch", "sequence"))
         arrays = random_inputs(inputs, case)
         tensors = {name: torch.as_tensor(array, device=self.device) for name, array in arrays.items()}

@@ -22,6 +22,7 @@ class ModelCost:
         attention_macs: the part inside attention layers, projections included.
         kv_bytes_per_token: what a float16 kv cache of all layers holds for one token; 0 where tokens see later ones,
             because such a model has no use for a cache. Heads that stream do not count here.
+        kv_bytes_per_prompt_token: the same for one token of a prompt, of which layers may keep a share.
         kv_bytes_windows: what the same cache holds at most of heads that stream, however long the text is.
     """
 
@@ -29,6 +30,7 @@ class ModelCost:
     macs: int
     attention_macs: int
     kv_bytes_per_token: int
+    kv_bytes_per_prompt_token: int
     kv_bytes_windows: int
 
     def to_json(self) -> dict[str, int]:
@@ -37,6 +39,7 @@ class ModelCost:
             "macs": self.macs,
             "attention_macs": self.attention_macs,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_per_prompt_token": self.kv_bytes_per_prompt_token,
             "kv_bytes_windows": self.kv_bytes_windows,
         }
 
@@ -49,6 +52,7 @@ def model_cost(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> ModelCost
         macs=counts[""],
         attention_macs=sum(counts.get(layer.path, 0) for layer in view.attention),
         kv_bytes_per_token=kv_bytes_per_token(view),
+        kv_bytes_per_prompt_token=kv_bytes_per_prompt_token(view),
         kv_bytes_windows=kv_bytes_windows(view),
     )
 
@@ -56,6 +60,12 @@ def model_cost(view: ModelView, inputs: Mapping[str, torch.Tensor]) -> ModelCost
 def kv_bytes_per_token(view: ModelView) -> int:
     """See ``ModelCost``."""
     return 2 * sum(layer.runs * CacheLayout(layers=(layer.layout.cached,)).numbers for layer in _caching(view))
+
+
+def kv_bytes_per_prompt_token(view: ModelView) -> int:
+    """See ``ModelCost``."""
+    layers = [(layer.runs, CacheLayout(layers=(layer.layout.cached,))) for layer in _caching(view)]
+    return round(2 * sum(runs * cache.prompt_numbers for runs, cache in layers))
 
 
 def kv_bytes_windows(view: ModelView) -> int:

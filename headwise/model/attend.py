@@ -25,8 +25,12 @@ from headwise.errors import UnsupportedModelError
 from headwise.model.layout import AttentionLayout
 from headwise.model.masks import HIDDEN, boolean, seen_keys
 from headwise.model.membership import membership
-from headwise.model.token_flow import Parts, flow_of
-from headwise.model.token_select import keep_keys
+from headwise.model.prompt_cache import PromptLayer
+from headwise.model.prompt_tokens import of_call, of_text
+from headwise.model.token_budget import TokenBudget
+from headwise.model.token_flow import flow_of
+from headwise.model.token_select import Kept, Parts, keep_keys
+from headwise.model.token_tally import turn_of
 from headwise.model.windows import attend_in_blocks, visible_to_heads
 
 NAME = "headwise"
@@ -129,6 +133,11 @@ def attend(
         layout = plain(query.shape[1], value.shape[1], value.shape[-1])
     if layout.streaming:
         attention_mask = _within_windows(layout, query, key, attention_mask)
+    cache = key if isinstance(key, PromptLayer) else None
+    if cache is not None:
+        # What the mask says of earlier tokens is known for those that are left.
+        key, value = cache.taken()
+        attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2] :]
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     shift = _shift(module, layout, query, key, attention_mask, **options)
     if flow is not None:
@@ -136,7 +145,8 @@ def attend(
         if layout.tokens is not None:
             flow.look(layout.tokens, Parts(query=query, key=key, value=value, scale=scale), shift)
     elif layout.tokens is not None:
-        kept = keep_keys(layout.tokens, query, key, value, shift, scale)
+        parts = Parts(query=query, key=key, value=value, scale=scale)
+        kept = _kept(module, layout.tokens, parts, cache, shift)
         key, value, shift = kept.key, kept.value, kept.shift
         if shift is not None and shift.shape[1] > 1:
             shift = shift.repeat_interleave(layout.group, dim=1)
@@ -163,6 +173,16 @@ def attend(
     grouped = weights.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
     mixed = (grouped @ value).unflatten(2, (layout.group, -1)).flatten(1, 2)
     return mixed.transpose(1, 2), weights
+
+
+def _kept(
+    module: nn.Module, budget: TokenBudget, parts: Parts, cache: PromptLayer | None, shift: torch.Tensor | None
+) -> Kept:
+    """What the queries of a layer with a budget meet."""
+    turn = turn_of(module)
+    if cache is not None:
+        return of_call(budget, parts, cache, shift, turn)
+    return (of_text if budget.prompt else keep_keys)(budget, parts, shift, turn)
 
 
 def require_all_seen(caller: nn.Module, all_seen: bool) -> None:

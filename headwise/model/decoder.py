@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from headwise.model.cache import PAST, PRESENT, CacheLayout, CacheTensor
+from headwise.model.cache import PAST, PRESENT, SHIFT, CacheLayout, CacheTensor
 from headwise.model.forward import input_names
 from headwise.model.layout import Layout
+from headwise.model.prompt_cache import Held, PromptLayer
 from headwise.model.view import ModelView
 from headwise.model.window_cache import StreamingLayer
 from headwise.model.windows import find_keys
@@ -58,11 +59,15 @@ def make_cache(layout: CacheLayout, past: Mapping[str, torch.Tensor]) -> Dynamic
     """The cache of transformers that holds these tensors; layers that the checkpoint gave a window keep all tokens.
 
     Args:
-        layout: what the layers cache: up to two tensors each, or two for every block of heads of a streaming layer.
+        layout: what the layers cache: up to two tensors each, two for every block of heads of a streaming layer, or
+            keys, values and a shift where a share of every prompt is kept.
         past: by the names of ``layout.past()``.
     """
     cache = DynamicCache()
     for index, tensors in enumerate(layout.layers):
+        if prunes(tensors):
+            cache.layers.append(PromptLayer(Held(*(past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors))))
+            continue
         if streams(tensors):
             parts = [past[f"{PAST}.{index}.{tensor.name}"] for tensor in tensors]
             windowed = tensors[0].longest is not None
@@ -84,10 +89,15 @@ def streams(tensors: Sequence[CacheTensor]) -> bool:
     return any(tensor.longest is not None for tensor in tensors)
 
 
+def prunes(tensors: Sequence[CacheTensor]) -> bool:
+    """Whether a layer that caches these tensors keeps a share of every prompt."""
+    return any(tensor.budget is not None for tensor in tensors)
+
+
 def cache_slots(tensors: Sequence[CacheTensor]) -> list[str]:
     """Where the layer of ``make_cache`` keeps each tensor, as a path from the layer."""
     if not streams(tensors):
-        return ["keys", "values"][: len(tensors)]
+        return ["keys", "values", SHIFT][: len(tensors)]
     plain = [name for name, tensor in zip(("keys", "values"), tensors, strict=False) if tensor.longest is None]
     return plain + [f"windows.{index}" for index in range(len(tensors) - len(plain))]
 
@@ -102,7 +112,13 @@ def read_cache(layout: CacheLayout, cache: DynamicCache) -> dict[str, torch.Tens
     found: dict[str, torch.Tensor] = {}
     for index, tensors in enumerate(layout.layers):
         layer: Any = cache.layers[index]
-        values = layer.tensors() if isinstance(layer, StreamingLayer) else (layer.keys, layer.values)
+        match layer:
+            case StreamingLayer():
+                values = layer.tensors()
+            case PromptLayer():
+                values = list(layer.held)
+            case _:
+                values = [layer.keys, layer.values]
         found |= {f"{PRESENT}.{index}.{tensor.name}": value for tensor, value in zip(tensors, values, strict=False)}
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from headwise.model.cache import CacheLayout, CacheTensor
+from headwise.model.cache import SHIFT, CacheLayout, CacheTensor
 from headwise.model.token_budget import TokenBudget
 
 
@@ -134,10 +134,12 @@ class AttentionLayout:
                 for window, heads in self.blocks
                 for name in ("key", "value")
             )
-        return (
-            CacheTensor(name="key", shape=(len(self.keyed), self.head_dim)),
-            CacheTensor(name="value", shape=(len(self.kv), self.head_dim)),
+        budget = self.tokens if self.tokens is not None and self.tokens.prompt else None
+        found = (
+            CacheTensor(name="key", shape=(len(self.keyed), self.head_dim), budget=budget),
+            CacheTensor(name="value", shape=(len(self.kv), self.head_dim), budget=budget),
         )
+        return found if budget is None else (*found, CacheTensor(name=SHIFT, shape=(1,), budget=budget))
 
     @property
     def kv_width(self) -> int:

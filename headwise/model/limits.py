@@ -44,6 +44,21 @@ def why_not_streaming(layer: AttentionView) -> str:
     family = layer.family
     if not (layer.caches or family.bidirectional):
         return "windows are known for decoders without an encoder, and for encoders that need a mask of padding only"
+    return _bounded(layer)
+
+
+def why_not_pruned(layer: AttentionView) -> str:
+    """Why no head of a layer can keep a share of the tokens, as a clause behind "because"; empty where one can."""
+    if not layer.family.causal:
+        return ""
+    if not layer.caches:
+        return "prompts, of which heads keep a share, are known for decoders without an encoder"
+    return _bounded(layer)
+
+
+def _bounded(layer: AttentionView) -> str:
+    """Why attention to some of the earlier tokens is not what a layer can compute."""
+    family = layer.family
     if family.window and attribute(layer.module, family.window) is not None:
         return "its heads see the last tokens only already"
     if family.soft_cap and attribute(layer.module, family.soft_cap) is not None:
@@ -78,8 +93,9 @@ def _sharing(layer: AttentionView) -> Iterator[str]:
 
 def _tokens(layer: AttentionView) -> Iterator[str]:
     """What cannot be done to the tokens that a layer attends to."""
-    if layer.family.causal:
-        yield "prune-tokens: refused, because tokens are chosen for all queries, and here these see earlier ones only"
+    reason = why_not_pruned(layer)
+    if reason:
+        yield f"prune-tokens: refused, because {reason}"
 
 
 def _attention(layer: AttentionView) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Score = Literal["pooled", "received", "random"]
+Score = Literal["pooled", "window", "received", "accumulated", "random"]
 Rest = Literal["drop", "fuse", "merge"]
 
 STEPS = 1000
@@ -22,16 +22,18 @@ class TokenBudget:
 
     Attributes:
         keep: share of the tokens whose keys and values are kept, rounded up to a whole token.
-        score: what a token is worth: the attention that it receives from all queries (``received``) or from the means
-            of a few stretches of them (``pooled``), or a number by chance (``random``).
+        score: what a token is worth: the attention that it receives from all queries (``received``), from the last
+            ones (``window``) or from the means of a few stretches of them (``pooled``), that from all queries of this
+            layer and of the earlier ones that have a budget (``accumulated``), or a number by chance (``random``).
         shared: all heads of the layer keep the same tokens, those with the largest sum of scores.
         weighted: the attention that a token receives counts as often as the norm of its value says.
-        queries: into how many stretches of equal length ``pooled`` cuts a sample.
+        queries: into how many stretches of equal length ``pooled`` cuts a sample, or how many queries ``window`` asks.
         first: so many tokens at the beginning are always kept; ``last``: at the end.
         rest: the others are dropped, or become one key and value together (``fuse``). Where tokens leave the stream,
             each may become one with the token that goes on and has the most similar key (``merge``).
         stream: not keys are chosen but tokens: all others leave the stream behind the block of this layer; ``keep`` is
             a share of the tokens that there were at first.
+        prompt: of a decoder: a prompt is read in full, and what is behind it sees the kept ones of its tokens only.
     """
 
     keep: float
@@ -43,6 +45,7 @@ class TokenBudget:
     last: int = 0
     rest: Rest = "fuse"
     stream: bool = False
+    prompt: bool = False
 
     @property
     def steps(self) -> int:
@@ -51,7 +54,7 @@ class TokenBudget:
 
     def kept(self, tokens: int) -> int:
         """How many of so many tokens are kept."""
-        return (tokens * self.steps + STEPS - 1) // STEPS
+        return kept_of(tokens, self.steps)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,3 +62,8 @@ class TokenBudget:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TokenBudget:
         return cls(**data)
+
+
+def kept_of(tokens: int, steps: int) -> int:
+    """How many of so many tokens a share of ``steps / STEPS`` is, rounded up."""
+    return (tokens * steps + STEPS - 1) // STEPS

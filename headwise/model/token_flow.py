@@ -18,19 +18,10 @@ from torch.nn import functional as F
 
 from headwise.model.masks import HIDDEN
 from headwise.model.token_budget import STEPS, TokenBudget
-from headwise.model.token_select import Tokens, scores_of
+from headwise.model.token_select import Parts, Tokens, scores_of
+from headwise.model.token_tally import Sum
 
 _FLOW = "_headwise_flow"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What an attention layer works on: query (B, N, S, H), key and value (B, K, S, H), and the factor on scores."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +82,7 @@ class Flow:
         self.worth: torch.Tensor | None = None
         self.metric: torch.Tensor | None = None
         self.tokens: Tokens | None = None
+        self.sum = Sum()
         self.length = 0
 
     def shift(self, given: torch.Tensor | None) -> torch.Tensor | None:
@@ -100,7 +92,7 @@ class Flow:
     def look(self, budget: TokenBudget, parts: Parts, shift: torch.Tensor | None) -> None:
         """Keep what the attention of a layer says tokens are worth; ``shift`` is what is added to its scores."""
         tokens = Tokens.of(parts.key, shift)
-        self.worth = scores_of(budget, parts.query, parts.key, parts.value, tokens, parts.scale).sum(1)
+        self.worth = scores_of(budget, parts, tokens, tokens.hide, self.sum).sum(1)
         self.metric = F.normalize(parts.key.mean(1), dim=-1)
         if self.stream is None:
             protected = (tokens.place <= budget.first) | (tokens.place > tokens.count - budget.last)
@@ -133,6 +125,8 @@ class Flow:
         size, protected = stream.size.gather(1, index) * own, stream.protected.gather(1, index)
         states = rows(hidden, index)
         before = hidden if budget.rest == "drop" else None
+        told = None if self.sum.told is None else self.sum.told[:, 0]
+        heard = None if told is None else told.gather(1, index)
         if budget.rest == "fuse":
             left = stream.size * ~kept
             count = left.sum(1, keepdim=True)
@@ -140,13 +134,19 @@ class Flow:
             slot = torch.where(kept, slot, torch.full_like(slot, index.shape[1]))
             states, size = torch.cat([states, fused], dim=1), torch.cat([size, count], dim=1)
             protected = torch.cat([protected, torch.zeros_like(protected[:, :1])], dim=1)
+            if told is not None and heard is not None:
+                heard = torch.cat([heard, (told * ~kept).sum(1, keepdim=True)], dim=1)
         elif budget.rest == "merge":
             slot = torch.where(kept, slot, self._nearest(index, own))
-            member = (slot[:, None] == ranks[:, :, None]) * stream.size[:, None]
+            part = slot[:, None] == ranks[:, :, None]
+            member = part * stream.size[:, None]
             size = member.sum(-1)
             states = member @ hidden / size.clamp_min(1)[..., None]
+            if told is not None:
+                heard = (part * told[:, None]).sum(-1)
         self.steps.append(Step(slot=slot, kept=kept, before=before))
         self.stream = Stream(size=size, protected=protected)
+        self.sum.told = None if heard is None else heard[:, None]
         return states
 
     def _chosen(self, budget: TokenBudget) -> tuple[Stream, torch.Tensor, torch.Tensor]:

@@ -18,8 +18,13 @@ import torch
 
 from headwise.model.masks import HIDDEN
 from headwise.model.token_budget import STEPS, TokenBudget
+from headwise.model.token_tally import Tally
 
 _PRIME = 10007
+_NEVER = 64
+"""Above every rank of a token that is protected."""
+_STEP = 128.0
+"""Scores of protected tokens differ by this much, which half precision can tell at their size."""
 _masking: ContextVar[bool] = ContextVar("masking", default=False)
 
 
@@ -31,6 +36,16 @@ def masked_tokens() -> Iterator[None]:
         yield
     finally:
         _masking.reset(token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an attention layer works on: query (B, N, T, H), key and value (B, K, S, H), and the factor on scores."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,26 +62,25 @@ class Kept:
     shift: torch.Tensor | None
 
 
-def keep_keys(
-    budget: TokenBudget,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: float,
-) -> Kept:
+def keep_keys(budget: TokenBudget, parts: Parts, shift: torch.Tensor | None, tally: Tally | None = None) -> Kept:
     """The keys and values that every head keeps.
 
     Args:
         budget: how many, and by which score.
-        query: (B, N, T, H), of the same tokens as the keys.
-        key: (B, K, S, H).
-        value: (B, K, S, H).
-        shift: broadcastable to (B, 1, T, S), hides padding from all queries alike; None where there is none.
-        scale: factor on the products of queries and keys.
+        parts: of queries and keys of the same tokens.
+        shift: broadcastable to (B, 1, T, S), hides padding, and later tokens in a decoder; None where it hides nothing.
+        tally: of ``accumulated``.
     """
-    tokens = Tokens.of(key, shift)
-    index = _chosen(budget, scores_of(budget, query, key, value, tokens, scale), tokens)
+    tokens = Tokens.of(parts.key, shift)
+    seen = shift if budget.prompt else tokens.hide
+    scores = scores_of(budget, parts, tokens, seen, tally)
+    return gather(budget, parts, scores, tokens, budget.kept(parts.key.shape[2]))
+
+
+def gather(budget: TokenBudget, parts: Parts, scores: torch.Tensor, tokens: Tokens, width: int) -> Kept:
+    """The keys and values with the highest scores, (B, K, S), of at most ``width`` tokens."""
+    key, value = parts.key, parts.value
+    index = _chosen(budget, scores, tokens, width)
     # The index is as wide as a sample without padding needs; a shorter one keeps the first of it.
     # A whole number is below a ratio rounded up when it is below the ratio.
     own = torch.arange(index.shape[-1], device=key.device) * STEPS < tokens.count * budget.steps
@@ -125,33 +139,56 @@ class _Rest(NamedTuple):
 
 
 def scores_of(
-    budget: TokenBudget, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, scale: float
+    budget: TokenBudget, parts: Parts, tokens: Tokens, seen: torch.Tensor | None, tally: Tally | None = None
 ) -> torch.Tensor:
-    """(B, K, S) what each token is worth to each kv head, never negative."""
+    """(B, K, S) what each token is worth to each kv head, never negative; ``seen`` is added to the scores."""
+    key, value = parts.key, parts.value
     if budget.score == "random":
         scores = _by_chance(key, tokens)
     else:
-        queries, votes = _asked(budget, query, tokens)
+        queries, votes, seen = _asked(budget, parts.query, tokens, seen)
         # All query heads of a group ask its one kv head.
-        products = (queries.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT * scale).flatten(1, 2)
-        weights = torch.softmax(products if tokens.hide is None else products + tokens.hide, dim=-1)
+        products = (queries.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT * parts.scale).flatten(1, 2)
+        weights = torch.softmax(products if seen is None else products + seen, dim=-1)
         received = (weights * votes).sum(2)
         scores = received.unflatten(1, (key.shape[1], -1)).sum(2)
+        if budget.score == "accumulated" and tally is not None:
+            scores = tally.add(scores)
         if budget.weighted:
             scores = scores * value.norm(dim=-1)
     return scores.sum(1, keepdim=True).expand(-1, key.shape[1], -1) if budget.shared else scores
 
 
-def _asked(budget: TokenBudget, query: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries (B, N, Q, H) that say what a token is worth, and how many queries each stands for, (B, 1, Q, 1)."""
-    if budget.score == "received":
-        return query, tokens.valid[:, None, :, None]
+def _asked(
+    budget: TokenBudget, query: torch.Tensor, tokens: Tokens, seen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries (B, N, Q, H) that say what a token is worth, how many each is, (B, 1, Q, 1), and what they see."""
+    if budget.score == "window":
+        return _last(budget.queries, query, tokens, seen)
+    if budget.score in ("received", "accumulated"):
+        return query, tokens.valid[:, None, :, None], seen
     start = torch.arange(budget.queries, device=query.device)[:, None] * tokens.count[:, None]
     reached = (tokens.place[:, None] - 1) * budget.queries
     member = (reached >= start) & (reached < start + tokens.count[:, None])
     pooling = member.to(query.dtype) * tokens.valid[:, None]
     size = pooling.sum(-1, keepdim=True)
-    return (pooling / size.clamp_min(1))[:, None] @ query, size[:, None]
+    return (pooling / size.clamp_min(1))[:, None] @ query, size[:, None], seen
+
+
+def _last(
+    count: int, query: torch.Tensor, tokens: Tokens, seen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The queries of the last ``count`` tokens, as ``_asked`` gives them; where there are fewer, some have no vote."""
+    rows, heads, length, width = query.shape
+    place = tokens.count - count + torch.arange(count, device=query.device)
+    # Whole numbers, which half precision leaves as they are; tokens of a sample are neighbours.
+    first = (tokens.valid > 0).to(torch.int32).argmax(-1, keepdim=True)
+    column = (first + place).clamp(0, length - 1)[:, None, :, None]
+    asked = query.gather(2, column.expand(rows, heads, -1, width))
+    votes = (place >= 0).to(query.dtype)[:, None, :, None]
+    if seen is None or seen.shape[2] == 1:
+        return asked, votes, seen
+    return asked, votes, seen.expand(rows, -1, -1, -1).gather(2, column.expand(rows, 1, -1, seen.shape[3]))
 
 
 def _by_chance(key: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -162,13 +199,20 @@ def _by_chance(key: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return (seeds * seeds % _PRIME * seeds % _PRIME).to(key.dtype).expand(key.shape[0], -1, -1) / _PRIME
 
 
-def _chosen(budget: TokenBudget, scores: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def _chosen(budget: TokenBudget, scores: torch.Tensor, tokens: Tokens, width: int) -> torch.Tensor:
     """(B, K, M) positions of the tokens with the highest scores, protected ones first, padding last."""
-    protected = (tokens.place <= budget.first) | (tokens.place > tokens.count - budget.last)
-    scores = scores.masked_fill(protected[:, None], -HIDDEN)
+    before, behind = tokens.place - 1, tokens.count - tokens.place
+    # Where not even the protected ones fit, all runtimes have to take the same: the nearest to an end.
+    ranks = torch.minimum(
+        (2 * before).masked_fill(before >= budget.first, _NEVER),
+        (2 * behind + 1).masked_fill(behind >= budget.last, _NEVER),
+    )
+    protected = ranks < _NEVER
+    sure = -HIDDEN - _STEP * ranks.clamp_max(_NEVER - 1).to(scores.dtype)
+    scores = torch.where(protected[:, None], sure[:, None], scores)
     if tokens.hide is not None:
         scores = scores.masked_fill(tokens.valid[:, None] == 0, -1.0)
-    return scores.topk(budget.kept(scores.shape[-1]), dim=-1).indices
+    return scores.topk(width, dim=-1).indices
 
 
 def _taken(heads: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

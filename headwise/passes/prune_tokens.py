@@ -12,24 +12,31 @@ from headwise.calibration.stats import HeadStats, Stat
 from headwise.calibration.token_curves import ENDS, SHARES
 from headwise.errors import PlanError
 from headwise.model.edits import EditPlan, refuse_clustered
+from headwise.model.limits import why_not_pruned
 from headwise.model.token_budget import Rest, Score, TokenBudget
 from headwise.model.token_edits import KeepTokens
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
 from headwise.passes.recovery import Recovery
 
+_ENCODER: tuple[Score, int, int, Rest] = ("pooled", 8, 0, "fuse")
+_DECODER: tuple[Score, int, int, Rest] = ("window", 16, 16, "drop")
+"""What score, queries, last and rest are where a recipe leaves them out."""
+
 
 class PruneTokens(Pass):
-    """Let every head attend to the tokens that it attends to most, a share of each sample (after PLPHP)."""
+    """Let every head attend to the tokens that it attends to most, a share of each sample or prompt (after PLPHP)."""
 
     name: ClassVar[str] = "prune-tokens"
-    summary: ClassVar[str] = "every head keeps its own share of the tokens (PLPHP), or tokens leave on the way"
+    summary: ClassVar[str] = (
+        "every head keeps its own share of the tokens, in decoders of a prompt's (PLPHP), or tokens leave on the way"
+    )
     paper: ClassVar[str] = "arXiv 2502.14504"
 
     keep: float | tuple[float, ...] | None = None
-    """Share of the tokens whose keys and values a head keeps: one for all layers, or one per layer; 1 leaves a layer as
-    it is. Steps of 0.001, rounded up to whole tokens in every sample. With ``reduce: tokens``: the share that goes on
-    behind each layer, or behind the last but one, reached in equal steps."""
+    """Share of the tokens whose keys and values a head keeps, in a decoder of the tokens of a prompt: one for all
+    layers, or one per layer; 1 leaves a layer as it is. Steps of 0.001, rounded up to whole tokens. With ``reduce:
+    tokens``: the share that goes on behind each layer, or behind the last but one, reached in equal steps."""
     reduce: Literal["keys", "tokens"] = "keys"
     """What gets fewer: the keys of every layer, or the tokens themselves, so that later layers and MLPs shrink too."""
     budget: float | None = Field(default=None, gt=0, lt=1)
@@ -42,21 +49,23 @@ class PruneTokens(Pass):
     """With delta: it keeps less when they receive less than this share."""
     per: Literal["head", "layer"] = "head"
     """With ``reduce: keys``: every kv head keeps tokens of its own, or all heads of a layer the same ones."""
-    score: Score = "pooled"
+    score: Score | None = None
     """What a token is worth: the attention that it receives from the mean queries of a few stretches of the sample
-    (``pooled``, cheap), from all queries (``received``, as much work as it saves), or a number by chance (``random``).
-    """
-    queries: int = Field(default=8, ge=1)
-    """Stretches that ``pooled`` cuts a sample into."""
+    (``pooled``, cheap, the default in encoders), from the last queries (``window``, the default in decoders), from all
+    queries (``received``, in an encoder as much work as it saves), from these in all layers so far (``accumulated``),
+    or a number by chance (``random``)."""
+    queries: int | None = Field(default=None, ge=1)
+    """Stretches that ``pooled`` cuts a sample into, 8 by default; queries that ``window`` asks, 16 by default."""
     weighted: bool = True
     """Attention counts as often as the norm of the token's value says."""
     first: int = Field(default=1, ge=0, le=ENDS)
     """Tokens at the beginning that are always kept: the class token, and what heads look at when nothing fits."""
-    last: int = Field(default=0, ge=0, le=ENDS)
-    """Tokens at the end that are always kept, within the share."""
-    rest: Rest = "fuse"
-    """The tokens that are not kept become one mean key and value per head (``fuse``), or go (``drop``). With ``reduce:
-    tokens`` they become one token, or go, or each becomes one with the most similar token that goes on (``merge``)."""
+    last: int | None = Field(default=None, ge=0, le=ENDS)
+    """Tokens at the end that are always kept, within the share: by default 0 in an encoder, 16 in a decoder."""
+    rest: Rest | None = None
+    """The tokens that are not kept become one mean key and value per head (``fuse``, the default in encoders), or go
+    (``drop``, all that a decoder can do). With ``reduce: tokens`` they become one token, or go, or each becomes one
+    with the most similar token that goes on (``merge``)."""
     refit: bool = False
     """Refit the output projections in closed form afterwards."""
     ridge: float = Field(default=0.1, gt=0)
@@ -88,13 +97,15 @@ class PruneTokens(Pass):
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
-            _refuse_causal(layer)
+            self._refuse(layer)
             refuse_clustered(layer.index, layer.layout)
+        if self.score == "accumulated":
+            _refuse_branches(view, "score: accumulated", "score: received")
         if self.reduce == "tokens":
             return EditPlan(edits=tuple(self._leaving(view)))
         shares, notes = self._shares(view, stats)
         edits = [
-            KeepTokens(layer=layer.index, budget=self._budget(share))
+            KeepTokens(layer=layer.index, budget=self._budget(share, layer.caches))
             for layer, share in zip(view.attention, shares, strict=True)
             if share < 1
         ]
@@ -108,7 +119,7 @@ class PruneTokens(Pass):
 
     def _leaving(self, view: ModelView) -> list[KeepTokens]:
         """An edit for every layer behind which tokens leave."""
-        _refuse_branches(view)
+        _refuse_branches(view, "reduce: tokens", "reduce: keys")
         layers = len(view.attention)
         if isinstance(self.keep, tuple):
             shares = self._one_per_layer(self.keep, layers)
@@ -125,7 +136,7 @@ class PruneTokens(Pass):
                     fix="give shares that fall from layer to layer",
                 )
             if share < before:
-                edits.append(KeepTokens(layer=index, budget=self._budget(share)))
+                edits.append(KeepTokens(layer=index, budget=self._budget(share, decoder=False)))
             before = share
         if not edits:
             raise PlanError(
@@ -135,18 +146,40 @@ class PruneTokens(Pass):
             )
         return edits
 
-    def _budget(self, share: float) -> TokenBudget:
+    def _budget(self, share: float, decoder: bool) -> TokenBudget:
+        score, queries, last, rest = _DECODER if decoder else _ENCODER
         return TokenBudget(
             keep=share,
-            score=self.score,
+            score=self.score or score,
             shared=self.per == "layer",
             weighted=self.weighted,
-            queries=self.queries,
+            queries=self.queries or queries,
             first=self.first,
-            last=self.last,
-            rest=self.rest,
+            last=last if self.last is None else self.last,
+            rest=self.rest or rest,
             stream=self.reduce == "tokens",
+            prompt=decoder,
         )
+
+    def _refuse(self, layer: AttentionView) -> None:
+        """Raise PlanError for a layer whose tokens cannot be chosen, or not in this way."""
+        reason = why_not_pruned(layer)
+        if reason:
+            raise PlanError(
+                f"prune-tokens cannot be applied to layer {layer.index} ({layer.family.name})",
+                expected=f"another pass, because {reason}",
+                fix="leave the pass out; `headwise inspect` lists what a model cannot have done to it",
+            )
+        if not layer.caches:
+            return
+        for option, given, wanted in (
+            ("reduce: tokens", self.reduce == "tokens", "keys: every token of a prompt goes through all layers"),
+            ("score: pooled", self.score == "pooled", "another score: a mean of rotated queries asks for no place"),
+            (f"rest: {self.rest}", self.rest not in (None, "drop"), "drop: a cache holds keys at places of their own"),
+        ):
+            if given:
+                name = option.partition(":")[0]
+                raise PlanError(f"{option} in a decoder", expected=f"{name}: {wanted}", fix=f"leave {name} out")
 
     def _shares(self, view: ModelView, stats: HeadStats) -> tuple[list[float], dict[int, str]]:
         """What every layer keeps, and why."""
@@ -178,22 +211,13 @@ class PruneTokens(Pass):
         return max(0.0, 1.0 - protected)
 
 
-def _refuse_causal(layer: AttentionView) -> None:
-    if layer.family.causal:
-        raise PlanError(
-            f"prune-tokens in layer {layer.index}, where every token sees earlier ones only",
-            expected="an encoder: whose heads choose among all tokens of a sample at once",
-            fix="leave the pass out; share-kv and latent-kv make the cache of a decoder smaller",
-        )
-
-
-def _refuse_branches(view: ModelView) -> None:
+def _refuse_branches(view: ModelView, option: str, instead: str) -> None:
     stacks = {re.sub(r"\d+", "*", layer.path) for layer in view.attention}
     if len(stacks) > 1 or any(layer.runs > 1 for layer in view.attention):
         raise PlanError(
-            f"reduce: tokens on layers of {', '.join(sorted(stacks))}",
-            expected="one stack of layers, each of which runs once, so that tokens leave it on the way",
-            fix="set reduce: keys",
+            f"{option} on layers of {', '.join(sorted(stacks))}",
+            expected="one stack of layers, each of which runs once",
+            fix=f"set {instead}",
         )
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from headwise.calibration.shapes import cost_row
 from headwise.export.graph import graph_inputs
+from headwise.export.listing import ListingSummary
 from headwise.export.ports import first_call
 from headwise.export.runners import OrtRunner, Runner, TorchRunner
 from headwise.gates.cost import device_name, latency
 from headwise.gates.judge import Verdict, judge, judge_all, not_run
+from headwise.gates.kernels import judge_kernels
 from headwise.gates.measure import (
     SAMPLES,
     Measurement,
@@ -29,7 +31,7 @@ from headwise.gates.speed import Speedup, speed_not_run
 from headwise.model.attend import Form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.forward import to_torch
-from headwise.pipeline.graphs import judged
+from headwise.pipeline.graphs import Graph, judged
 from headwise.pipeline.monitor import Monitor
 from headwise.pipeline.results import Results, StageEntry
 from headwise.pipeline.speeds import deployed, is_smaller, judge_stage
@@ -115,6 +117,15 @@ class Gatekeeper:
         gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
         verdicts = judge_all(found, gate, entry.name, judge_structure if self.workspace.tiny else judge)
         return [replace(verdict, output=f"{verdict.output}, {SINGLE}") for verdict in verdicts]
+
+    def kernels(self, entry: StageEntry, graph: Graph) -> list[Verdict]:
+        """Verdicts on the kernels of the engine, and of that of single tokens."""
+        engine, found = entry.engine or {}, []
+        for made, promises in ((engine, graph.promises), (engine.get("decode_engine"), graph.single_promises)):
+            listing = None if made is None or made["listing"] is None else ListingSummary(**made["listing"])
+            verdicts = judge_kernels(listing, promises, entry.name)
+            found += verdicts if made is engine else [replace(v, output=f"{v.output}, {SINGLE}") for v in verdicts]
+        return found
 
     def judge(
         self,

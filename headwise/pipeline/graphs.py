@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 from headwise.export.decoder import DECODE
+from headwise.export.opening import open_runner
 from headwise.export.precision import Precision
 from headwise.export.quantize import Promise
+from headwise.export.runners import Runner
 from headwise.model.checkpoint import Checkpoint, load_checkpoint
 
 GRAPH, MODEL = "model.onnx", "model"
@@ -64,6 +66,10 @@ class Graph:
         """The graph for calls of one token per row, where the stage that made this one made one."""
         path = self.path.with_name(DECODE)
         return path if path.exists() else None
+
+    def runner(self) -> Runner:
+        """Reads whole samples, with what ONNX Runtime can run of this graph and of that of single tokens."""
+        return open_runner(judged(self.path), single=judged(self.path.with_name(DECODE)))
 
 
 def judged(path: Path) -> Path:

@@ -11,19 +11,18 @@ from headwise.calibration.stats import Stat
 from headwise.device.cuda import gpu
 from headwise.errors import MachineError
 from headwise.export.decoder import DECODE
-from headwise.export.graph import copy_graph
-from headwise.export.listing import ListingSummary
+from headwise.export.graph import copy_graph, graph_inputs
+from headwise.export.opening import open_runner
 from headwise.export.profiles import engine_shapes
 from headwise.export.quantize import Promise
-from headwise.export.runners import EngineRunner, OrtRunner, TorchRunner
+from headwise.export.runners import TorchRunner
 from headwise.export.targets import Target, check_target, resolve_target
 from headwise.export.tensorrt import build_engine
-from headwise.gates.judge import Verdict
-from headwise.gates.kernels import judge_kernels
+from headwise.model.cache import prunes_prompts
 from headwise.model.saving import save_checkpoint
 from headwise.passes.base import run_pass
 from headwise.pipeline.exporting import Exporter
-from headwise.pipeline.gatekeeper import SINGLE, Gatekeeper
+from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel, judged
 from headwise.pipeline.monitor import Monitor, Steps
 from headwise.pipeline.quantize.stage import Quantizer
@@ -234,13 +233,13 @@ class Stages:
                 return
             entry.engine = dict(artifact.info["engine"])
             entry.cost = {"file_bytes": (artifact.path / ENGINE).stat().st_size}
-            kernels = _judge_kernels(entry, graph)
+            kernels = self.gatekeeper.kernels(entry, graph)
             missing = _why_not_here(target)
             if missing:
                 self.gatekeeper.could_not_run(entry, missing, kernels)
                 return
             measurements = self.gatekeeper.measure(
-                entry, artifact.digest, lambda: EngineRunner(artifact.path / ENGINE), "tensorrt"
+                entry, artifact.digest, lambda: open_runner(artifact.path / ENGINE), "tensorrt"
             )
             self.gatekeeper.judge(entry, measurements, kernels, can_roll_back=False)
 
@@ -270,12 +269,13 @@ class Stages:
         def measure_cost() -> dict[str, Any]:
             return {"latency": self.gatekeeper.latency(graph.dense, graph.path, costs)} if timed else {}
 
-        measurements = self.gatekeeper.measure(
-            entry, artifact.digest, lambda: OrtRunner(judged(graph.path)), "onnxruntime", cost=measure_cost
-        )
+        measurements = self.gatekeeper.measure(entry, artifact.digest, graph.runner, "onnxruntime", cost=measure_cost)
         if timed:
             gate = self.workspace.recipe.gate.for_stage(entry.name, entry.kind)
             entry.cost["latency"] = entry.cost["latency"] | in_words(entry.cost["latency"], *costs, gate.confidence)
+        # Behind pruned prompts both graphs have read the texts together.
+        if single is not None and prunes_prompts(graph_inputs(single)):
+            single = None
         others = () if single is None else self.gatekeeper.judge_single(entry, artifact.digest, single)
         return self.gatekeeper.judge(entry, measurements, others, can_roll_back=can_roll_back)
 
@@ -305,16 +305,6 @@ class Stages:
             record["latency"] = self.timing.outcome(timed.table, model.checkpoint.copy().view(), view)
         save_checkpoint(checkpoint, view, folder / MODEL)
         return {"record": record}
-
-
-def _judge_kernels(entry: StageEntry, graph: Graph) -> list[Verdict]:
-    """Verdicts on the kernels of the engine, and of that of single tokens."""
-    engine, found = entry.engine or {}, []
-    for made, promises in ((engine, graph.promises), (engine.get("decode_engine"), graph.single_promises)):
-        listing = None if made is None or made["listing"] is None else ListingSummary(**made["listing"])
-        verdicts = judge_kernels(listing, promises, entry.name)
-        found += verdicts if made is engine else [replace(v, output=f"{v.output}, {SINGLE}") for v in verdicts]
-    return found
 
 
 def _why_not_here(target: Target) -> str:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from headwise.calibration.tasks import make_task
 from headwise.errors import DataError
-from headwise.export.runners import EngineRunner, OrtRunner, Runner, TorchRunner
+from headwise.export.opening import open_runner
+from headwise.export.runners import Runner, TorchRunner
 from headwise.export.variants import ENGINES
 from headwise.gates.judge import Outcome, judge_all
 from headwise.gates.measure import Measurement, Predictions, measure, predict
@@ -100,9 +101,7 @@ def _runner(path: Path, artifact: str, is_graph: bool, checkpoint: Checkpoint) -
     if not is_graph:
         same = artifact == checkpoint.source
         return TorchRunner(checkpoint.copy().module if same else load_checkpoint(artifact).module)
-    if path.suffix == ".onnx":
-        return OrtRunner(path)
-    return EngineRunner(path)
+    return open_runner(path)
 
 
 def _source(path: Path, artifact: str, is_graph: bool) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from headwise.errors import DataError
 from headwise.export.precision import Precision
-from headwise.gates.model_cost import kv_bytes_per_token, kv_bytes_windows
+from headwise.gates.model_cost import kv_bytes_per_prompt_token, kv_bytes_per_token, kv_bytes_windows
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.folders import is_run, last_pass, stage_with_cache
 from headwise.pipeline.report.document import read_report
@@ -72,12 +72,14 @@ class _Sizes:
     Attributes:
         parameters: numbers in its weights.
         cached: numbers in its cache for one token, without heads that stream.
+        prompt: the same for one token of a prompt, of which layers may keep a share.
         windows: numbers in its cache of heads that stream, at most.
         codes: formats of the cache where it holds codes, and bytes of one token in it.
     """
 
     parameters: int
     cached: int
+    prompt: int
     windows: int = 0
     codes: tuple[str, int] | None = None
 
@@ -86,21 +88,29 @@ def _costs(sizes: _Sizes, memory: int | None, width: int, batch: int) -> dict[st
     weights = sizes.parameters * width
     kind, token = sizes.codes or (None, sizes.cached * width)
     windows = sizes.windows * width
+    pruned = sizes.codes is None and sizes.prompt < sizes.cached
     left = None if memory is None else max(0, memory - weights - batch * windows)
     return {
         "parameters": sizes.parameters,
         "weight_bytes": weights,
         "kv_bytes_per_token": token,
+        "kv_bytes_per_prompt_token": sizes.prompt * width if pruned else token,
         "kv_bytes_windows": windows,
         "kv_format": kind,
         "context": None if left is None or not token else left // (batch * token),
+        "prompt": None if left is None or not pruned else left // (batch * sizes.prompt * width),
     }
 
 
 def _of_checkpoint(source: str) -> _Sizes:
     view = load_checkpoint(source).view()
     parameters = sum(p.numel() for p in view.module.parameters())
-    return _Sizes(parameters=parameters, cached=kv_bytes_per_token(view) // 2, windows=kv_bytes_windows(view) // 2)
+    return _Sizes(
+        parameters=parameters,
+        cached=kv_bytes_per_token(view) // 2,
+        prompt=kv_bytes_per_prompt_token(view) // 2,
+        windows=kv_bytes_windows(view) // 2,
+    )
 
 
 def _of_run(folder: Path) -> dict[str, _Sizes]:
@@ -116,9 +126,11 @@ def _of_run(folder: Path) -> dict[str, _Sizes]:
 def _of_stage(stage: Stage) -> _Sizes:
     cost = stage["cost"]
     try:
-        # Reports count a cache of numbers in float16; those of version 0.1.0 know no windows.
+        # Reports count a cache of numbers in float16; older ones know no windows, and no prompts that are pruned.
         parameters, cached = int(cost["parameters"]), int(cost["kv_bytes_per_token"]) // 2
-        return _Sizes(parameters=parameters, cached=cached, windows=int(cost.get("kv_bytes_windows", 0)) // 2)
+        prompt = int(cost.get("kv_bytes_per_prompt_token", 2 * cached)) // 2
+        windows = int(cost.get("kv_bytes_windows", 0)) // 2
+        return _Sizes(parameters=parameters, cached=cached, prompt=prompt, windows=windows)
     except KeyError as error:
         raise DataError(
             f"the report says nothing about the {error.args[0]} of {stage['name']}",
@@ -135,6 +147,9 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
     table.add_row("parameters", *(f"{model['parameters']:,}" for model in columns))
     table.add_row(f"weights ({precision})", *(_readable(model["weight_bytes"]) for model in columns))
     table.add_row(f"cache per token ({precision})", *map(_cache, columns))
+    if any(model["kv_bytes_per_prompt_token"] != model["kv_bytes_per_token"] for model in columns):
+        label = f"cache per token of a prompt ({precision})"
+        table.add_row(label, *(f"{model['kv_bytes_per_prompt_token']:,} B" for model in columns))
     if any(model["kv_bytes_windows"] for model in columns):
         bounded = (_readable(model["kv_bytes_windows"]) for model in columns)
         table.add_row(f"cache of streaming heads, at most ({precision})", *bounded)
@@ -142,6 +157,9 @@ def memory_table(found: dict[str, Any]) -> RenderableType:
         rows = "" if found["batch"] == 1 else f", {found['batch']} texts"
         label = f"tokens in {_readable(found['memory_bytes'])}{rows}"
         table.add_row(label, *("none" if m["context"] is None else f"{m['context']:,}" for m in columns))
+        if any(model["prompt"] is not None for model in columns):
+            longest = (m["context"] if m["prompt"] is None else m["prompt"] for m in columns)
+            table.add_row("of a prompt alone", *("none" if tokens is None else f"{tokens:,}" for tokens in longest))
     note = "Activations and the workspace of a runtime come on top. A model may take fewer tokens than fit."
     return Group(Text(found["artifact"], style="bold"), table, Text(note))
 

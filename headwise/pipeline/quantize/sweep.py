@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headwise.calibration.tasks import Examples
 from headwise.errors import PlanError
-from headwise.export.runners import OrtRunner
+from headwise.export.opening import open_runner
 from headwise.gates.drift import drift
 from headwise.gates.measure import Predictions, predict
 from headwise.model.quantization import QuantPlan
@@ -70,6 +70,6 @@ class Sweep:
         return found
 
     def _predict(self, graph: Path) -> Predictions:
-        with OrtRunner(graph) as runner:
+        with open_runner(graph) as runner:
             recipe = self.workspace.recipe
             return predict(runner, self.workspace.task, self.examples, batch_size=recipe.batch_size)

@@ -133,7 +133,8 @@ def _kept_tokens(edit: Mapping[str, Any]) -> str:
         return f"{budget['keep']:.1%} of the tokens go on, {left[budget['rest']]}"
     whose = "the layer keeps the same" if budget["shared"] else "every head keeps its own"
     rest = "the rest as one" if budget["rest"] == "fuse" else "the rest goes"
-    return f"{whose} {budget['keep']:.1%} of the tokens, {rest}"
+    which = "a prompt's tokens" if budget.get("prompt") else "the tokens"
+    return f"{whose} {budget['keep']:.1%} of {which}, {rest}"
 
 
 def _streaming(edit: Mapping[str, Any]) -> str:

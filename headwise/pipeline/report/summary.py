@@ -21,6 +21,7 @@ COSTS = {
     "macs": "MACs",
     "attention_macs": "Attention MACs",
     "kv_bytes_per_token": "KV per token",
+    "kv_bytes_per_prompt_token": "KV per prompt token",
     "kv_bytes_windows": "KV of windows",
     "file_bytes": "Size",
     "latency": "Latency",
@@ -31,7 +32,8 @@ GOES_ON = frozenset({"warned", "rolled-back"})
 """Statuses of a stage whose gate said no, after which the recipe says to carry on (``on_fail``)."""
 ENGINE_HEADINGS = ("Target", "Runtime", "Size", "Build", "Layers", "Fused attention", "GEMMs by type")
 
-_BYTES = frozenset({"kv_bytes_per_token", "kv_bytes_windows", "file_bytes"})
+_PROMPT = "kv_bytes_per_prompt_token"
+_BYTES = frozenset({"kv_bytes_per_token", "kv_bytes_per_prompt_token", "kv_bytes_windows", "file_bytes"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,15 @@ def _speed_row(stage: Stage, verdict: Mapping[str, Any], row: Mapping[str, str])
 
 
 def cost_columns(report: Report) -> list[str]:
-    """The costs that are not zero at some stage, in the order of ``COSTS``; an encoder has no kv cache."""
-    return [name for name in COSTS if any(cost(stage, name) for stage in report["stages"])]
+    """The costs that are not zero at some stage, in the order of ``COSTS``; an encoder has no kv cache.
+
+    What a token of a prompt holds is one of them where it is less than what any token holds.
+    """
+    stages = report["stages"]
+    found = [name for name in COSTS if any(cost(stage, name) for stage in stages)]
+    if all(cost(stage, _PROMPT) in (None, cost(stage, "kv_bytes_per_token")) for stage in stages):
+        return [name for name in found if name != _PROMPT]
+    return found
 
 
 def cost(stage: Stage, name: str) -> float | None:
