@@ -12,7 +12,7 @@ import pytest
 from conftest import LAYERS, make_inputs, make_model
 from onnx import numpy_helper
 from test_latent_kv import compress
-from test_prune_tokens import HALF, STREAM, leaving, pruned
+from test_prune_tokens import STREAM
 from test_share_kv import share
 
 from headwise.calibration.formats import restore
@@ -31,6 +31,7 @@ from headwise.model.attend import Form, form
 from headwise.model.edits import ClusterHeads, DropHeads, DropNeurons, EditPlan
 from headwise.model.quantization import Codes, QuantPlan
 from headwise.model.surgery import apply
+from headwise.model.token_edits import KeepTokens
 from headwise.model.view import ModelView
 from headwise.passes.kv import channel_exponents
 from headwise.passes.quantize import Quantize
@@ -69,13 +70,10 @@ def latent(family: str) -> ModelView:
     return compress(family, rank=16)[0]
 
 
-def keep_tokens(family: str) -> ModelView:
-    return pruned(family, HALF)
-
-
-def let_tokens_leave(family: str) -> ModelView:
+def fewer_tokens(family: str) -> ModelView:
+    """Tokens leave behind the first layer."""
     view = ModelView.of(make_model(family))
-    apply(view, leaving(view, STREAM["fused"]))
+    apply(view, EditPlan(edits=(KeepTokens(layer=0, budget=STREAM["fused"]),)))
     return view
 
 
@@ -86,9 +84,8 @@ CASES: dict[str, tuple[str, Callable[[str], ModelView], Form, int | None]] = {
     "clustered bert, fused": ("bert", cluster, "fused", 4),
     "clustered bert, gathered": ("bert", cluster, "gathered", None),
     "latent bert": ("bert", latent, "fused", 6),
-    # Keys and values of kept tokens are gathered, those of the last layer here are not.
-    "bert that keeps tokens": ("bert", keep_tokens, "fused", 0),
-    "bert that tokens leave": ("bert", let_tokens_leave, "fused", 2),
+    # Keys of the first layer also say what tokens are worth.
+    "bert with fewer tokens": ("bert", fewer_tokens, "fused", 4),
 }
 """Family, edit, form of the graph, and the keys and values with a scale per channel; None where they cannot be told."""
 Case = tuple[Path, dict[str, Array], int | None]

@@ -69,15 +69,12 @@ def find_absorbed(graph: onnx.GraphProto) -> list[Absorbed]:
     return found
 
 
-def smooth_absorbed(graph: onnx.GraphProto, scales: Mapping[str, Sequence[int]]) -> int:
+def smooth_absorbed(graph: onnx.GraphProto, scales: Mapping[str, Sequence[int]]) -> None:
     """Scale the latents' side of up-projections, and take it back where latents come out or go in, in place.
 
     Args:
         graph: in fp32.
         scales: matrix -> one exponent per number of the latent.
-
-    Returns:
-        How many were scaled; each has a multiplication of one call's tokens.
     """
     before: dict[str, list[NodeProto]] = {}
     members = [(found, np.asarray(scales[found.name])) for found in find_absorbed(graph) if found.name in scales]
@@ -98,7 +95,6 @@ def smooth_absorbed(graph: onnx.GraphProto, scales: Mapping[str, Sequence[int]])
             before.setdefault(node.output[0], []).append(multiply)
             node.input[0] = multiply.output[0]
     insert_before(graph, before)
-    return len(members)
 
 
 def scale_rows(graph: onnx.GraphProto, found: Absorbed, exponents: NDArray[np.integer]) -> None:
