@@ -126,8 +126,8 @@ def latency(
 ) -> dict[str, Latency]:
     """Measure runners against each other in one process, one timed call of each per round, so that load hits all alike.
 
-    What comes first in a round is slower, also than itself. So every other round goes backwards, and every timed call has
-    one in front that brings the caches back.
+    What comes first in a round is slower, also than itself. So every other round goes backwards, and every timed call
+    has one in front that brings the caches back.
 
     Args:
         runners: label -> runner or any other callable.
