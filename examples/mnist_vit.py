@@ -22,16 +22,17 @@ from torch.nn import functional as F
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.saving import save_checkpoint
 
-PATCH, WIDTH, HEADS, LAYERS = 4, 64, 4, 4
+PATCH, STRIDE, WIDTH, HEADS, LAYERS = 8, 4, 64, 4, 4
+SHIFT = 2
 MEAN, SPREAD = 0.1307, 0.3081
 
 
 class MnistViT(nn.Module):
-    """28 x 28 pixels as 7 x 7 patches and a class token; digit and parity are read from the class token."""
+    """28 x 28 pixels as 7 x 7 patches that overlap, and a class token, from which digit and parity are read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, WIDTH, PATCH, PATCH)
+        self.patches = nn.Conv2d(1, WIDTH, PATCH, STRIDE, padding=(PATCH - STRIDE) // 2)
         self.start = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 50, WIDTH))
         self.blocks = nn.ModuleList(
@@ -71,17 +72,19 @@ def read_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The batch moved by up to two pixels."""
-    down, right = torch.randint(5, (2,), generator=generator).tolist()
-    return F.pad(images, (2, 2, 2, 2), value=-MEAN / SPREAD)[:, :, down : down + 28, right : right + 28]
+    """Every image moved by up to two pixels of its own."""
+    padded = F.pad(images[:, 0], (SHIFT, SHIFT, SHIFT, SHIFT), value=-MEAN / SPREAD)
+    starts = torch.randint(2 * SHIFT + 1, (2, len(images), 1), generator=generator)
+    down, right = starts + torch.arange(images.shape[-1])
+    return padded[torch.arange(len(images))[:, None, None], down[:, :, None], right[:, None, :]][:, None]
 
 
-def train(model: MnistViT, images: torch.Tensor, digits: torch.Tensor, *, epochs: int, batch_size: int = 256) -> None:
+def train(model: MnistViT, images: torch.Tensor, digits: torch.Tensor, *, epochs: int, batch_size: int = 128) -> None:
     """AdamW with one warm-up and one decay, in place."""
     generator = torch.Generator().manual_seed(0)
     steps = epochs * (len(images) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.15)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.15)
     for epoch in range(epochs):
         order, total = torch.randperm(len(images), generator=generator), 0.0
         for chosen in order[: steps // epochs * batch_size].split(batch_size):
@@ -104,7 +107,7 @@ def save_data(folder: Path, name: str, images: torch.Tensor, digits: torch.Tenso
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True, help="Folder of the idx files.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoint and data.")
-@click.option("--epochs", default=6, show_default=True)
+@click.option("--epochs", default=10, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 def main(data: Path, out: Path, epochs: int, threads: int) -> None:
     """Train, report the accuracy of both outputs, and save the checkpoint with the data that the recipe reads."""

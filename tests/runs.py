@@ -170,3 +170,14 @@ def finished(kind: str, base: Path) -> tuple[Path, Run]:
 def copied(kind: str, base: Path, to: Path) -> Path:
     """A copy of that run and its inputs."""
     return Path(shutil.copytree(finished(kind, base)[0], to / "copy"))
+
+
+def begun(kind: str, base: Path, to: Path) -> Path:
+    """A copy of the inputs, with the baseline only: other recipes find the one thing made that all have in common."""
+    folder = copied(kind, base, to)
+    for path in (folder / "out").iterdir():
+        if path.is_dir() and not path.name.startswith("00-baseline"):
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    return folder

@@ -18,7 +18,7 @@ from conftest import (
     make_model,
 )
 from pydantic import ValidationError
-from runs import PLAIN, plain_files, write_recipe
+from runs import PLAIN, begun, write_recipe
 from runs import run as run_recipe
 from test_passes import samples
 
@@ -317,9 +317,14 @@ CLUSTERED = {"passes": [{"cluster-heads": {"clusters": 2, "ridge": 0.01}}], "gat
     ],
 )
 def test_a_run_exports_both_forms_and_goes_on_with_one(
-    overrides: list[str], chosen: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str],
+    chosen: str,
+    why: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = plain_files(tmp_path / "run")
+    folder = begun("plain", tmp_path_factory.getbasetemp(), tmp_path)
     write_recipe(folder, {**PLAIN, **CLUSTERED})
     monkeypatch.setattr(stages, "build_engine", no_builder)
     found = run_recipe(folder, *overrides)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from runs import TEXT, run, text_files, write_recipe
+from runs import TEXT, begun, run, write_recipe
 from test_smooth import BLOCK, batch, block
 
 from headwise.calibration.ranges import Tap, collect_ranges
@@ -158,8 +158,8 @@ def test_targets_know_the_formats_of_caches() -> None:
         check_target(resolve_target("sm86"), "fp16", {"fp8-kv"})
 
 
-def test_a_run_with_keys_and_values_in_int8(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_a_run_with_keys_and_values_in_int8(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = begun("text", tmp_path_factory.getbasetemp(), tmp_path)
     write_recipe(folder, {**TEXT, "passes": [{"quantize": {"kv": "int8", "matrices": {"*": "float"}}}]})
     found = run(folder)
     assert found.exit_code == 0, found.reason

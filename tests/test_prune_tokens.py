@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DECODERS, LAYERS, SEQ2SEQ, WIDTH, allowed, largest_difference, make_inputs, make_model
 from pydantic import ValidationError
-from runs import TEXT, text_files, write_recipe
+from runs import TEXT, begun, write_recipe
 from runs import run as run_recipe
 from test_passes import samples
 
@@ -454,8 +454,10 @@ def test_attention_whose_queries_see_different_tokens_is_refused(call: dict[str,
         module(x, key, key, **call)
 
 
-def test_a_run_from_recipe_to_graph_says_what_every_head_keeps(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "files")
+def test_a_run_from_recipe_to_graph_says_what_every_head_keeps(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = begun("text", tmp_path_factory.getbasetemp(), tmp_path)
     pass_ = {"prune-tokens": {"keep": 0.5, "queries": 1}}
     write_recipe(folder, {**TEXT, "passes": [pass_], "gate": {"max_drop": 100.0}})
     report = run_recipe(folder).report

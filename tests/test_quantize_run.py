@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 import pytest
-from runs import TEXT, run, text_files, write_recipe
+from runs import TEXT, begun, run, text_files, write_recipe
 
 from headwise.errors import RecipeError, TargetError
 from headwise.export.listing import ListingSummary
@@ -28,10 +28,15 @@ def recipe(folder: Path, *passes: Any, **changes: Any) -> Path:
     return write_recipe(folder, {**TEXT, "passes": list(passes), **changes})
 
 
+@pytest.fixture
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return begun("text", tmp_path_factory.getbasetemp(), tmp_path)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """Heads pruned, everything but the last output in int8."""
-    folder = text_files(tmp_path_factory.mktemp("quantize") / "text")
+    folder = begun("text", tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("quantize"))
     last = "encoder.layer.1.output.dense"
     recipe(folder, {"prune-heads": {"ratio": 0.25}}, {"quantize": {"matrices": {last: "float"}}}, targets=ENGINES)
     return folder, run(folder)
@@ -90,8 +95,7 @@ def test_the_engine_keeps_the_promise(done: tuple[Path, Run]) -> None:
     assert (done[1].folder / "report.xml").read_text().count("kernels: int8 matrices") == 1
 
 
-def test_other_options_do_not_calibrate_again(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_other_options_do_not_calibrate_again(folder: Path) -> None:
     recipe(folder, {"quantize": {"calibration": "mse"}})
     first = run(folder)
     manifest = folder / "out" / "01-onnx.ranges-tensorrt" / "manifest.json"
@@ -106,8 +110,7 @@ def test_other_options_do_not_calibrate_again(tmp_path: Path) -> None:
     assert all(clipped > best for best, clipped in zip(*errors, strict=True))
 
 
-def test_a_rollback_leaves_the_precision_in_place(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_a_rollback_leaves_the_precision_in_place(folder: Path) -> None:
     ruined = {"quantize": {"calibration": "percentile", "percentile": 51}}
     recipe(folder, ruined, targets=ENGINES, gate={"stages": {"quantize": {"max_drop": 0, "on_fail": "rollback"}}})
     found = run(folder)
@@ -140,8 +143,7 @@ def test_a_target_that_cannot_is_refused_before_any_work(tmp_path: Path) -> None
         check(folder / "checkpoint", folder / "recipe.yaml")
 
 
-def test_an_engine_that_breaks_the_promise_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = text_files(tmp_path / "text")
+def test_an_engine_that_breaks_the_promise_fails_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe(folder, "quantize", targets=["sm86"])
 
     def build(graph: Path, out: Path, target: Any, *, profiles: Any, workspace_mb: int | None, **_: Any) -> EngineInfo:
@@ -167,8 +169,7 @@ def test_an_engine_that_breaks_the_promise_fails_the_run(tmp_path: Path, monkeyp
     assert by_name(found)["engine-sm86"]["status"] == "failed"
 
 
-def test_two_runtimes_get_a_graph_each(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_two_runtimes_get_a_graph_each(folder: Path) -> None:
     recipe(folder, "quantize", targets=["cpu", *ENGINES])
     found = run(folder)
     assert found.exit_code == 0, found.reason
@@ -187,8 +188,7 @@ def test_two_runtimes_get_a_graph_each(tmp_path: Path) -> None:
     ]
 
 
-def test_a_format_that_onnxruntime_lacks_is_judged_decoded(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_a_format_that_onnxruntime_lacks_is_judged_decoded(folder: Path) -> None:
     recipe(folder, {"quantize": {"format": "mxfp8", "matrices": {"*.output.dense": "nvfp4"}}})
     found = run(folder)
     assert found.exit_code == 0, found.reason
@@ -201,8 +201,7 @@ def test_a_format_that_onnxruntime_lacks_is_judged_decoded(tmp_path: Path) -> No
     assert stage["cost"]["file_bytes"] == files["model.onnx"] < files["decoded.onnx"]
 
 
-def test_a_cpu_alone_needs_no_graph_for_tensorrt(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_a_cpu_alone_needs_no_graph_for_tensorrt(folder: Path) -> None:
     recipe(folder, targets=["cpu"])
     found = run(folder)
     assert {name: stage["status"] for name, stage in by_name(found).items()} == dict.fromkeys(
@@ -217,8 +216,7 @@ def test_a_cpu_alone_needs_no_graph_for_tensorrt(tmp_path: Path) -> None:
     ]
 
 
-def test_a_budget_leaves_the_dearest_matrices_alone(tmp_path: Path) -> None:
-    folder = text_files(tmp_path / "text")
+def test_a_budget_leaves_the_dearest_matrices_alone(folder: Path) -> None:
     base = {"format": "int4", "block": 16, "smooth": None}
     recipe(folder, {"quantize": {**base, "budget": {"max_drop": 100, "samples": 16}}})
     everything = run(folder)

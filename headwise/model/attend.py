@@ -120,9 +120,8 @@ def attend(
     instead = getattr(module, _INSTEAD, None)
     if instead is not None:
         return instead(module, query, key, value, attention_mask, **options), None
-    layout, see = bound(module), getattr(module, _SEE, None)
-    softcap = options.get("softcap")
-    explicit = see is not None or softcap is not None or options.pop("need_weights", False)
+    layout, watched = bound(module), getattr(module, _SEE, None) is not None
+    explicit = watched or options.get("softcap") is not None or options.pop("need_weights", False)
     flow = flow_of(module)
     if layout is not None and layout.streaming and not explicit:
         return attend_in_blocks(module, layout, (query, key, value), attention_mask, **options), None
@@ -153,6 +152,24 @@ def attend(
     if (flow is not None or layout.tokens is not None) and not explicit:
         grouped = {"scale": scale, "enable_gqa": layout.group > 1}
         return F.scaled_dot_product_attention(query, key, value, shift, **grouped).transpose(1, 2), None
+    parts = Parts(query=query, key=key, value=value, scale=scale)
+    return _attend_by_heads(module, layout, parts, shift, explicit=explicit, **options)
+
+
+def _attend_by_heads(
+    module: nn.Module,
+    layout: AttentionLayout,
+    parts: Parts,
+    shift: torch.Tensor | None,
+    *,
+    explicit: bool,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Heads that score for themselves or for others; ``explicit`` asks for the weights. Results as of ``attend``."""
+    query, key, value, scale = parts.query, parts.key, parts.value, parts.scale
+    see = getattr(module, _SEE, None)
     use = _selection(module, layout, query, key, shift, scale)
     if shift is not None and shift.shape[1] > 1:
         shift = _take(shift, use.queries)
@@ -166,7 +183,7 @@ def attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores if shift is None else scores + shift, dim=-1)
-    weights = _take(F.dropout(weights, options.get("dropout", 0.0), training=module.training), use.weights)
+    weights = _take(F.dropout(weights, dropout, training=module.training), use.weights)
     if see is not None:
         see(weights, value.repeat_interleave(layout.group, dim=1))
     # Each kv head's values meet the weights of all its readers at once, so that values are not repeated.
