@@ -130,7 +130,7 @@ def long(out: Path, model: str, count: int, only: Sequence[str], **given: str) -
     columns = {
         side: [" ".join(pair[i] for pair in group) for group in groups] for i, side in enumerate(("first", "second"))
     }
-    texts = Table(columns={**columns, "score": [float(i) for i in range(count)]}, source=data)
+    texts = Table(columns={**columns, "score": [float(i) for i in range(count)]}, source=data, digest="")
     bench = Bench(
         checkpoint=bench.checkpoint,
         task=bench.task,
