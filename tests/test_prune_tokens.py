@@ -433,6 +433,15 @@ def test_plans_that_cannot_be_made_say_why(family: str, options: dict[str, Any],
         planned(family, **options)
 
 
+def test_keys_and_tokens_get_fewer_in_one_way_only() -> None:
+    task, examples = samples(ModelView.of(make_model("bert")), "bert")
+    for first, second in (("keys", "tokens"), ("tokens", "keys")):
+        view, teacher = (ModelView.of(make_model("bert")) for _ in range(2))
+        run_pass(PruneTokens(keep=0.5, reduce=first), view, teacher, task, examples)
+        with pytest.raises(PlanError, match=f"reduce: {second} behind an earlier prune-tokens with reduce: {first}"):
+            run_pass(PruneTokens(keep=0.5, reduce=second), view, teacher, task, examples)
+
+
 def test_budgets_come_behind_other_edits_of_attention_and_once() -> None:
     view = pruned("bert", HALF)
     for edit in (KeepTokens(layer=0, budget=HALF), DropHeads(layer=0, query=(0,))):

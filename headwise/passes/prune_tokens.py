@@ -98,6 +98,7 @@ class PruneTokens(Pass):
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:
             self._refuse(layer)
+            self._refuse_other_way(layer)
             refuse_clustered(layer.index, layer.layout)
         if self.score == "accumulated":
             _refuse_branches(view, "score: accumulated", "score: received")
@@ -180,6 +181,17 @@ class PruneTokens(Pass):
             if given:
                 name = option.partition(":")[0]
                 raise PlanError(f"{option} in a decoder", expected=f"{name}: {wanted}", fix=f"leave {name} out")
+
+    def _refuse_other_way(self, layer: AttentionView) -> None:
+        """Raise PlanError where tokens get fewer in the other way already: heads would not see which ones have left."""
+        tokens = layer.layout.tokens
+        if tokens is not None and tokens.stream != (self.reduce == "tokens"):
+            raise PlanError(
+                f"reduce: {self.reduce} behind an earlier prune-tokens with reduce: "
+                f"{'tokens' if tokens.stream else 'keys'} (layer {layer.index})",
+                expected="one way to make tokens fewer",
+                fix="leave one of the two passes out",
+            )
 
     def _shares(self, view: ModelView, stats: HeadStats) -> tuple[list[float], dict[int, str]]:
         """What every layer keeps, and why."""
