@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import LAYERS, make_model
@@ -23,6 +24,7 @@ from headwise.errors import ExportError, PlanError, UnsupportedModelError
 from headwise.export.decoder import DECODE, caches, check_decoder, decoder_to_onnx, export_decode
 from headwise.export.generate import generate
 from headwise.export.halves import read_halves
+from headwise.export.kv import find_cached
 from headwise.export.opening import HalvesRunner, open_runner
 from headwise.export.ports import IDS, MASK, POSITIONS
 from headwise.export.precision import ExportSpec, convert_precision
@@ -226,6 +228,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelView, Path]
     assert "TopK" not in decode.nodes
     assert all("by two graphs" in found.shape for found in decode.parity)
     return view, path
+
+
+def test_a_cache_of_kept_tokens_gets_no_codes(exported: tuple[ModelView, Path]) -> None:
+    with pytest.raises(ExportError, match=r"keeps a share of every prompt has no codes(.|\n)*leave out quantize\.kv"):
+        find_cached(onnx.load(str(exported[1])))
 
 
 def test_graphs_write_what_torch_writes_in_a_batch_and_alone(exported: tuple[ModelView, Path]) -> None:

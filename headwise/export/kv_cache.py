@@ -20,7 +20,7 @@ from headwise.export.absorb import Channels, Edits, behind_past
 from headwise.export.absorbed import find_absorbed
 from headwise.export.edits import insert_before
 from headwise.export.matrices import products
-from headwise.model.cache import is_present
+from headwise.model.cache import is_present, prunes_prompts
 from headwise.model.quantization import Format
 
 _MOVES = frozenset({"Reshape", "Gather"})
@@ -34,6 +34,12 @@ def find_held(graph: Channels) -> dict[str, NodeProto]:
         ExportError: a cache is filled in another way.
     """
     found = {}
+    if prunes_prompts([value.name for value in graph.graph.input]):
+        raise ExportError(
+            "a cache that keeps a share of every prompt has no codes",
+            expected="a cache of all tokens, or of windows",
+            fix="leave out quantize.kv or prune-tokens",
+        )
     for name in (value.name for value in graph.graph.output if is_present(value.name)):
         maker = graph.makers.get(name)
         join = None if maker is None else _kept(graph.makers, name)[0]

@@ -190,8 +190,8 @@ def _exactness_notes(report: Report) -> Iterator[str]:
         if record.get("decode"):
             worst = max(entry["max_abs"] for entry in record["decode"]["parity"])
             yield (
-                f"{stage['name']}: calls of one token have a graph of their own, with latent attention absorbed; it "
-                f"differs from torch by {worst:.1g} at most"
+                f"{stage['name']}: calls of one token have a graph of their own; it differs from torch by {worst:.1g} "
+                "at most"
             )
         if record.get("single"):
             yield f"{stage['name']}: {_single(stage, record['single']['absorbed'])}"
@@ -201,11 +201,11 @@ def _exactness_notes(report: Report) -> Iterator[str]:
 
 def _single(stage: Stage, absorbed: Sequence[str]) -> str:
     """What the graph of single tokens has of a plan; ONNX Runtime has no integer product of one head."""
+    found = "calls of one token have a graph of their own, with the same codes and scales"
+    if not absorbed:
+        return found
     kept = "in fp32, with the numbers of their codes" if stage["name"] == "cpu" else "in codes, for weights only"
-    return (
-        f"calls of one token have a graph of their own, with the same codes and scales; {len(absorbed)} matrices of "
-        f"latents, which it multiplies queries and outputs with, are {kept}"
-    )
+    return f"{found}; {len(absorbed)} matrices of latents, which it multiplies queries and outputs with, are {kept}"
 
 
 def _budgeted(latency: Mapping[str, Any]) -> str:
