@@ -48,6 +48,7 @@ CLUSTERING: dict[str, Row] = {
     "attention maps": {"affinity": "maps", "refit": False},
     "change of the output": {"refit": False},
     "change of the output, refit": {"refit_mlp": False},
+    "attention maps, refit with MLPs": {"affinity": "maps"},
     "change of the output, refit with MLPs": {},
 }
 KV_HEADS = (6, 4, 3, 2)
@@ -58,7 +59,7 @@ METHODS = (
     ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5}),
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
     *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[::3]),
-    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:3]),
+    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:4]),
 )
 """In the order in which they are measured: what is recommended comes first."""
 GRID: tuple[tuple[str, int, Row], ...] = (
