@@ -269,10 +269,10 @@ def measure_others(inputs: Inputs, graphs: Mapping[str, Path]) -> None:
     one = {key: np.ones((1, 128), array.dtype) for key, array in examples.example_batch().items() if key in names}
 
     def judged(path: Path) -> Row:
-        with OrtRunner(path) as runner:
+        with OrtRunner(path, integer=True) as runner:
             found = measure(task, examples, reference, predict(runner, task, examples))
         scores = {entry.metric: entry.values() for entry in found}
-        with OrtRunner(dense, threads=1) as first, OrtRunner(path, threads=1) as second:
+        with OrtRunner(dense, threads=1) as first, OrtRunner(path, threads=1, integer=True) as second:
             times = latency({"dense": first, "this": second}, one)
         before, after = scores["spearman"]
         ratio = times["this"].median_ms / times["dense"].median_ms

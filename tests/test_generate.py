@@ -115,6 +115,7 @@ class Scripted:
     """A decoder that writes given tokens."""
 
     name = "scripted"
+    prunes = False
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = iter(tokens)

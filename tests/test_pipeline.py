@@ -379,7 +379,7 @@ def test_an_engine_that_has_to_be_run_ends_with_4(folder: Path, builder: list[st
 
 def test_an_engine_on_its_gpu_is_judged(folder: Path, builder: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "gpu", lambda: Gpu(name="NVIDIA A10", sm=86))
-    monkeypatch.setattr(stages, "judged", OrtRunner)
+    monkeypatch.setattr(stages, "open_runner", OrtRunner)
     found = run(folder, "targets=[sm86, sm89]", require_engine_run=True)
     assert statuses(found)["engine-sm86"] == "passed"
     assert [v["outcome"] for v in by_name(found)["engine-sm86"]["verdicts"]] == ["PASS", "PASS"]

@@ -32,7 +32,9 @@ _DTYPES = {
 }
 
 
-def open_session(path: Path, *, threads: int | None = None, provider: str = "cpu", optimize: bool = True) -> Any:
+def open_session(
+    path: Path, *, threads: int | None = None, provider: str = "cpu", optimize: bool = True, integer: bool = False
+) -> Any:
     """An ``onnxruntime.InferenceSession`` on the provider that was asked for.
 
     Args:
@@ -40,6 +42,7 @@ def open_session(path: Path, *, threads: int | None = None, provider: str = "cpu
         threads: intra-op threads; None lets ONNX Runtime take every core.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
         optimize: False runs the graph as it is written.
+        integer: let ONNX Runtime put integer kernels in the place of Q/DQ nodes, as it does by itself.
 
     Raises:
         ExportError: ONNX Runtime refuses the graph; the message is ONNX Runtime's.
@@ -58,9 +61,9 @@ def open_session(path: Path, *, threads: int | None = None, provider: str = "cpu
     options.intra_op_num_threads = threads or 0
     # Threads that wait for the next call would slow down whatever is timed in between.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Q/DQ nodes are computed as they are written, which is how TensorRT rounds. Integer kernels in their place would
-    # round to 8 bits what weights in codes multiply, which nobody asked for, and there are none for fp8.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # As they are written, Q/DQ nodes round as TensorRT does. Integer kernels in their place would round to 8 bits what
+    # weights in codes multiply, which nobody asked for, and there are none for fp8.
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(not integer)))
     options.log_severity_level = 4  # errors are raised below, with the same message
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
@@ -95,7 +98,7 @@ class OrtSession:
     """A graph that is run on named arrays.
 
     Args:
-        path, threads, provider, optimize: see :func:`open_session`, also for the errors.
+        path, threads, provider, optimize, integer: see :func:`open_session`, also for the errors.
 
     Attributes:
         inputs, outputs: name -> dtype and dims.
@@ -103,8 +106,16 @@ class OrtSession:
         version: of ONNX Runtime.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, provider: str = "cpu", optimize: bool = True) -> None:
-        self._session = open_session(path, threads=threads, provider=provider, optimize=optimize)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        provider: str = "cpu",
+        optimize: bool = True,
+        integer: bool = False,
+    ) -> None:
+        self._session = open_session(path, threads=threads, provider=provider, optimize=optimize, integer=integer)
         self.device, self.threads = provider, threads
         self.version = str(load_runtime(ORT).__version__)
         self.inputs, self.outputs = ports(self._session.get_inputs()), ports(self._session.get_outputs())

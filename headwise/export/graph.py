@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from headwise.device.arrays import ANY, Dims, Port
@@ -77,8 +78,19 @@ def graph_inputs(path: Path) -> dict[str, Dims]:
 
 
 def graph_ports(path: Path) -> tuple[dict[str, Port], dict[str, Port]]:
-    """Inputs and outputs of a graph on disk, by name; a size that varies is a name."""
-    graph = onnx.load(str(path), load_external_data=False).graph
+    """Inputs and outputs of a graph on disk, by name; a size that varies is a name.
+
+    Raises:
+        ExportError: the file holds no graph.
+    """
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except DecodeError as error:
+        raise ExportError(
+            f"{path} holds no ONNX graph: {error}",
+            expected="a file that an exporter has written to its end",
+            fix="export it again, or copy it again",
+        ) from error
     return _ports(graph.input), _ports(graph.output)
 
 

@@ -102,6 +102,7 @@ class OrtRunner:
         threads: intra-op threads; None lets ONNX Runtime take every core.
         provider: ``cpu``, ``cuda`` or ``tensorrt``.
         optimize: False runs the graph as it is written.
+        integer: let ONNX Runtime put integer kernels in the place of Q/DQ nodes; a gate judges them as written.
         ignore: batch keys that the graph is known not to use.
 
     Raises:
@@ -118,10 +119,11 @@ class OrtRunner:
         threads: int | None = None,
         provider: str = "cpu",
         optimize: bool = True,
+        integer: bool = False,
         ignore: Collection[str] = (),
     ) -> None:
         self.device, self.threads, self._ignore = provider, threads, ignore
-        self._session = OrtSession(path, threads=threads, provider=provider, optimize=optimize)
+        self._session = OrtSession(path, threads=threads, provider=provider, optimize=optimize, integer=integer)
         self._outputs = [name for name in self._session.outputs if not is_present(name)]
 
     def __enter__(self) -> Self:

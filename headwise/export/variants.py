@@ -72,9 +72,10 @@ class GraphVariant:
     longest: int | None = None
 
     def __init__(self, path: Path, *, threads: int, provider: str) -> None:
-        self._session = open_session(path, threads=threads, provider=provider)
+        options: dict[str, Any] = {"threads": threads, "provider": provider, "integer": True}
+        self._session = open_session(path, **options)
         single = path.with_name(SINGLE)
-        self._single = open_session(single, threads=threads, provider=provider) if single.exists() else self._session
+        self._single = open_session(single, **options) if single.exists() else self._session
         self._ort: Any = load_runtime(ORT)
         self.version, self.device = str(self._ort.__version__), provider
         self.inputs: Inputs = ports(self._session.get_inputs())
