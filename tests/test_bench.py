@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 import transformers
@@ -23,6 +24,7 @@ from headwise.device.arrays import Port
 from headwise.errors import DataError, HeadwiseError, MachineError
 from headwise.export.decoder import DECODE
 from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
+from headwise.export.runners import OrtRunner
 from headwise.export.torch_variant import TorchVariant
 from headwise.export.variants import SINGLE, EngineVariant, GraphVariant, open_variant
 from headwise.pipeline.bench import rounds
@@ -35,6 +37,23 @@ from headwise.pipeline.report.document import read_report
 
 PAST = "past_key_values.0.key"
 IDS = {"input_ids": Port("int64", ("batch", "sequence"))}
+
+
+def test_what_is_timed_may_use_integer_kernels_and_what_is_judged_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = graph(tmp_path, "(float[2, 2] x) => (float[2, 2] y)", "y = MatMul(x, x)")
+    asked: list[str] = []
+    make = ort.InferenceSession
+
+    def session(source: str, options: ort.SessionOptions, **given: Any) -> ort.InferenceSession:
+        asked.append(options.get_session_config_entry("session.disable_quant_qdq"))
+        return make(source, options, **given)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    GraphVariant(path, threads=1, provider="cpu")
+    OrtRunner(path)
+    assert asked == ["0", "1"]
 
 
 def test_inputs_have_the_sizes_and_the_meaning_that_they_should() -> None:

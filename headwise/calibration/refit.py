@@ -93,44 +93,64 @@ def fit_output(
     if old_bias is not None:
         weight = torch.cat([weight, old_bias.double()[None]])
     features, width = weight.shape
-    gram = torch.zeros(features, features, dtype=torch.float64)
-    cross = torch.zeros(features, width, dtype=torch.float64)
-    energy, tokens = 0.0, 0
+    sums = Products(features, width)
     for batch in examples.batches(batch_size):
         mask = valid_mask(batch, ours.family)
         for found, wanted in _runs(student, ours, teacher, theirs, to_torch(batch.inputs)):
             o = valid_tokens(found, mask).double()
             if old_bias is not None:
                 o = torch.cat([o, o.new_ones(len(o), 1)], dim=1)
-            y = valid_tokens(wanted, mask).double()
-            gram += o.T @ o
-            cross += o.T @ y
-            energy += float(y.square().sum())
-            tokens += len(o)
+            sums.add(o, valid_tokens(wanted, mask).double())
         if progress is not None:
             progress(len(batch.samples))
-    if mlp:
-        require_tokens(tokens, features, f"MLP {layer}", "set refit: false (refit_mlp where the pass has it)")
-    else:
-        require_tokens(tokens, features, f"layer {layer}", "set refit: false")
-    solved = solve(gram, cross, weight, ridge, constant=old_bias is not None)
+    off = "set refit: false" + (" (refit_mlp where the pass has it)" if mlp else "")
+    sums.require_tokens(f"{'MLP' if mlp else 'layer'} {layer}", off)
+    solved = solve(sums.gram, sums.cross, weight, ridge, constant=old_bias is not None)
     return OutputFit(
         layer=layer,
         weight=solved[: old.shape[1]].T.to(old.dtype),
         bias=None if old_bias is None else solved[-1].to(old.dtype),
-        before=error(gram, cross, energy, weight),
-        after=error(gram, cross, energy, solved),
+        before=sums.error(weight),
+        after=sums.error(solved),
     )
 
 
-def require_tokens(tokens: int, features: int, of: str, otherwise: str) -> None:
-    """Raise DataError where a least squares problem has fewer tokens than features."""
-    if tokens < features:
-        raise DataError(
-            f"{tokens} calibration tokens for {features} features of {of}",
-            expected=f"at least {features}, better ten times as many",
-            fix=f"raise calibration.samples, or {otherwise}",
-        )
+class Products:
+    """Sums over tokens from which a least squares problem is solved.
+
+    Attributes:
+        gram: (F, F) products of the features.
+        cross: (F, D) products of the features with what they shall give.
+        energy: squared size of what they shall give.
+        tokens: how many were added.
+    """
+
+    def __init__(self, features: int, width: int) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.cross = torch.zeros(features, width, dtype=torch.float64)
+        self.energy, self.tokens = 0.0, 0
+
+    def add(self, features: torch.Tensor, target: torch.Tensor) -> None:
+        """Add tokens: (tokens, F) and (tokens, D)."""
+        self.gram += features.T @ features
+        self.cross += features.T @ target
+        self.energy += float(target.square().sum())
+        self.tokens += len(features)
+
+    def error(self, weight: torch.Tensor) -> float:
+        """||O W - Y||^2 / ||Y||^2 for (F, D) weights."""
+        squared = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum() + self.energy
+        return max(float(squared), 0.0) / max(self.energy, 1e-300)
+
+    def require_tokens(self, of: str, otherwise: str) -> None:
+        """Raise DataError where there are fewer tokens than features."""
+        features = len(self.gram)
+        if self.tokens < features:
+            raise DataError(
+                f"{self.tokens} calibration tokens for {features} features of {of}",
+                expected=f"at least {features}, better ten times as many",
+                fix=f"raise calibration.samples, or {otherwise}",
+            )
 
 
 def solve(
@@ -150,12 +170,6 @@ def solve(
         return torch.cholesky_solve(right, factor)
     solution: torch.Tensor = torch.linalg.lstsq(left, right, driver="gelsd").solution
     return solution
-
-
-def error(gram: torch.Tensor, cross: torch.Tensor, energy: float, weight: torch.Tensor) -> float:
-    """||O W - Y||^2 / ||Y||^2 from the accumulated products."""
-    squared = (weight * (gram @ weight)).sum() - 2 * (weight * cross).sum() + energy
-    return max(float(squared), 0.0) / max(energy, 1e-300)
 
 
 def _runs(

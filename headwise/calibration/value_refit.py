@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from headwise.calibration.refit import OutputFit, error, observe, require_tokens, solve, target
+from headwise.calibration.refit import OutputFit, Products, observe, solve, target
 from headwise.calibration.tasks import Examples
 from headwise.calibration.tokens import valid_mask, valid_tokens
 from headwise.model.access import watched_input
@@ -87,7 +87,7 @@ def fit_values(
         problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
         if progress is not None:
             progress(len(batch.samples))
-    require_tokens(problem.tokens, len(problem.gram), f"layer {layer}", "set rounds: 0")
+    problem.sums.require_tokens(f"layer {layer}", "set rounds: 0")
     before = problem.error()
     problem.solve_output()
     for _ in range(rounds):
@@ -128,7 +128,7 @@ class _Problem:
     Attributes:
         rows: (F, D) output projection, with the output bias below where there is one.
         taken: (K, H, H), how much of what they miss the shared heads take in, ``T``.
-        gram: products of the features, which are all head outputs, what the heads miss, and a constant.
+        sums: of the features, which are all head outputs, what the heads miss, and a constant.
     """
 
     def __init__(self, old: Projections, *, kvs: int, ridge: float) -> None:
@@ -144,28 +144,22 @@ class _Problem:
         self.first = self.rows
         self.taken = torch.zeros(kvs, head_dim, head_dim, dtype=torch.float64)
         size = 2 * self.features + self.constant
-        self.gram = torch.zeros(size, size, dtype=torch.float64)
-        self.cross = torch.zeros(size, width, dtype=torch.float64)
-        self.energy, self.tokens = 0.0, 0
+        self.sums = Products(size, width)
         # Set by the first solutions and kept: both unknowns then lower one sum, which begins at the present error.
         self.scale = self.pull = 0.0
 
     def add(self, own: torch.Tensor, taken: torch.Tensor, target: torch.Tensor) -> None:
         """Tokens of one batch: (tokens, F) twice, and (tokens, D)."""
-        features = torch.cat([own, taken, own.new_ones(len(own), self.constant)], dim=1)
-        self.gram += features.T @ features
-        self.cross += features.T @ target
-        self.energy += float(target.square().sum())
-        self.tokens += len(features)
+        self.sums.add(torch.cat([own, taken, own.new_ones(len(own), self.constant)], dim=1), target)
 
     def error(self) -> float:
         """Squared error relative to the target's energy."""
-        return error(self.gram, self.cross, self.energy, self._spread() @ self.rows)
+        return self.sums.error(self._spread() @ self.rows)
 
     def solve_output(self) -> None:
         """The best output projection for the value heads as they are."""
         spread = self._spread()
-        gram, cross = spread.T @ self.gram @ spread, spread.T @ self.cross
+        gram, cross = spread.T @ self.sums.gram @ spread, spread.T @ self.sums.cross
         scale = float(gram.diagonal()[: self.features].mean())
         self.scale = self.scale or scale
         ridge = self.ridge * self.scale / scale
@@ -175,10 +169,10 @@ class _Problem:
         """The best value heads for the output projection as it is, by conjugate gradients."""
         heads = self.rows[: self.features].unflatten(0, self.shape)
         own = slice(self.features, 2 * self.features)
-        products = self.gram[own, own].unflatten(1, self.shape).unflatten(0, self.shape)
+        products = self.sums.gram[own, own].unflatten(1, self.shape).unflatten(0, self.shape)
         overlap = torch.einsum("nkd,mid->nkmi", heads, heads)
-        parts = self.rows[: self.features], torch.zeros_like(self.cross[own]), self.rows[self.features :]
-        left = (self.cross - self.gram @ torch.cat(parts))[own].unflatten(0, self.shape)
+        parts = self.rows[: self.features], torch.zeros_like(self.sums.cross[own]), self.rows[self.features :]
+        left = (self.sums.cross - self.sums.gram @ torch.cat(parts))[own].unflatten(0, self.shape)
         goal = self._by_kv(torch.einsum("nkd,nld->nkl", heads, left))
         curvature = torch.einsum("nknk->n", overlap) * torch.einsum("nlnl->n", products)
         self.pull = self.pull or self.ridge * float(curvature.mean()) / self.shape[1] ** 2

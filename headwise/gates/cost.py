@@ -235,8 +235,11 @@ def _measured_shapes(path: Path, shapes: Mapping[str, Shape], names: set[str]) -
     for value in model.graph.input:
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         feed[value.name] = np.ones(shapes[value.name], dtype)
+    options = ort.SessionOptions()
+    # Shapes are those of the graph as it is written; optimizers also stumble over codes that are used again.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         wanted = sorted(names)
         return {name: np.shape(array) for name, array in zip(wanted, session.run(wanted, feed), strict=True)}
     except Exception as error:  # ONNX Runtime's exception classes share no public base

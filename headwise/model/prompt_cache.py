@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicLayer
+
+from headwise.model.cache_rows import RowsLayer
 
 
 class Held(NamedTuple):
@@ -20,7 +21,7 @@ class Held(NamedTuple):
     shift: torch.Tensor
 
 
-class PromptLayer(DynamicLayer):
+class PromptLayer(RowsLayer):
     """Keys and values of the tokens that are kept.
 
     ``update`` hands out the layer itself in the place of keys and of values. The attention function of headwise takes
@@ -73,18 +74,6 @@ class PromptLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Tokens so far, those that were dropped included."""
         return self.total
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Put other rows in the place of rows, as beam search does."""
-        self._put(lambda tensor: tensor.index_select(0, beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._put(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        self._put(lambda tensor: tensor[indices])
 
     def _put(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.hold(Held(*map(change, self.held)))

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+
+from headwise.model.cache_rows import RowsLayer
 
 
-class StreamingLayer(DynamicLayer):
+class StreamingLayer(RowsLayer):
     """Keys and values of all tokens for the heads that see all, and of a bounded number for every other block of heads.
 
     ``update`` hands out the layer itself in the place of keys and of values. The attention function of headwise reads
@@ -75,18 +76,6 @@ class StreamingLayer(DynamicLayer):
         """Tokens so far, those that were dropped included."""
         tokens: int = self.total if self.keys is None else self.keys.shape[2]
         return tokens
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Put other rows in the place of rows, as beam search does."""
-        self._put(lambda tensor: tensor.index_select(0, beam_idx))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self._put(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows."""
-        self._put(lambda tensor: tensor[indices])
 
     def tensors(self) -> list[torch.Tensor]:
         """Keys and values, in turn, of every block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import onnx
 from numpy.typing import NDArray
 
 from headwise.calibration.formats import input_scale
-from headwise.calibration.ranges import Tap, collect_ranges
+from headwise.calibration.ranges import Observed, Tap, collect_ranges
 from headwise.calibration.tasks import Examples
 from headwise.export.decoder import DECODE
 from headwise.export.graph import graph_inputs
-from headwise.export.kv import find_cached, fold_channels, quantize_cached
+from headwise.export.kv import Cached, find_cached, fold_channels, quantize_cached
 from headwise.export.matrices import TapRunner
 from headwise.export.smoothing import require_same
 from headwise.model.cache import is_past
@@ -61,17 +61,7 @@ def write_kv(
     wanted = options.kv_formats([entry.label for entry in every])
     cached = [entry for entry in every if entry.label in wanted]
     names = [entry.name for entry in cached]
-    taps = [Tap(name=entry.tap, dims=("batch", "heads", "sequence", "width"), heads=True) for entry in cached]
-    found = collect_ranges(
-        TapRunner(source, [tap.name for tap in taps]),
-        examples,
-        taps,
-        rows=1,
-        batch_size=workspace.recipe.batch_size,
-        progress=monitor.work("keys and values", len(examples)),
-        partial=partial,
-    )
-    seen = {entry.name: found[entry.tap] for entry in cached}
+    seen = _ranges(source, cached, workspace, monitor, examples, partial)
     exponents = {
         entry.name: channel_exponents(seen[entry.name].largest, width=entry.width, pairs=entry.pairs)
         for entry in cached
@@ -85,11 +75,8 @@ def write_kv(
     scales = {name: input_scale(value or 1.0, formats[name], _SCALES) for name, value in largest.items()}
     error = 0.0
     for name, path in graphs.items():
-        model = onnx.load(str(path))
-        fold_channels(model, {held: exponents[held] for held in folded})
-        onnx.save(model, str(folder / _FOLDED))
-        error = max(error, require_same(path, folder / _FOLDED, workspace.examples.example_batch()))
-        (folder / _FOLDED).unlink()
+        model, changed = _folded(path, {held: exponents[held] for held in folded}, folder, workspace)
+        error = max(error, changed)
         quantize_cached(model, scales, formats)
         onnx.save(model, str(folder / name))
     return {
@@ -100,6 +87,36 @@ def write_kv(
         "twin_error": error,
         "cache": any(map(is_past, graph_inputs(source))),
     }
+
+
+def _ranges(
+    source: Path, cached: Sequence[Cached], workspace: Workspace, monitor: Monitor, examples: Examples, partial: Path
+) -> dict[str, Observed]:
+    """What calibration sees of everything cached, by its name."""
+    taps = [Tap(name=entry.tap, dims=("batch", "heads", "sequence", "width"), heads=True) for entry in cached]
+    found = collect_ranges(
+        TapRunner(source, [tap.name for tap in taps]),
+        examples,
+        taps,
+        rows=1,
+        batch_size=workspace.recipe.batch_size,
+        progress=monitor.work("keys and values", len(examples)),
+        partial=partial,
+    )
+    return {entry.name: found[entry.tap] for entry in cached}
+
+
+def _folded(
+    source: Path, exponents: Mapping[str, NDArray[np.float64]], folder: Path, workspace: Workspace
+) -> tuple[onnx.ModelProto, float]:
+    """A graph with its channels scaled, and by how much that changes its outputs."""
+    model = onnx.load(str(source))
+    fold_channels(model, exponents)
+    path = folder / _FOLDED
+    onnx.save(model, str(path))
+    error = require_same(source, path, workspace.examples.example_batch())
+    path.unlink()
+    return model, error
 
 
 def _foldable(graphs: Iterable[Path], exponents: Mapping[str, NDArray[np.float64]]) -> frozenset[str]:
