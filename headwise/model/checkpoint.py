@@ -93,21 +93,21 @@ class Checkpoint:
         Raises:
             DataError: it has none, so that text cannot be fed to it.
         """
-        found, reason = (None, _NO_FILES) if self._home is None else read_tokenizer(self._home)
+        found, reason = (None, _NO_FILES) if self.home is None else read_tokenizer(self.home)
         if found is None:
             raise self._without("tokenizer", "text", reason)
         return found
 
     def image_processor(self) -> Any:
         """The checkpoint's image processor; DataError where it has none."""
-        found, reason = (None, _NO_FILES) if self._home is None else _read(transformers.AutoImageProcessor, self._home)
+        found, reason = (None, _NO_FILES) if self.home is None else _read(transformers.AutoImageProcessor, self.home)
         if found is None:
             raise self._without("image processor", "images", reason)
         return found
 
     @property
-    def _home(self) -> str | None:
-        """Where tokenizer and image processor are."""
+    def home(self) -> str | None:
+        """Directory or hub id of tokenizer and image processor; None where a plain module has none."""
         home = self.processor or self.folder or (self.source if self.kind == "transformers" else None)
         return None if home is None else str(home)
 

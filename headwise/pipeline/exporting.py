@@ -15,6 +15,7 @@ from headwise.gates.cost import graph_cost
 from headwise.model.attend import form
 from headwise.model.checkpoint import Checkpoint
 from headwise.model.view import ModelView
+from headwise.pipeline.companions import pass_on, write_companions
 from headwise.pipeline.forms import FORMS, choose_form
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.graphs import GRAPH, Graph
@@ -48,6 +49,7 @@ class Exporter:
     def export(self, checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         """Export a model; one with clustered layers in both forms, of which one goes on."""
         self.monitor.work("export", 0)
+        write_companions(self.workspace.checkpoint, checkpoint.folder, folder)
         view = checkpoint.copy().view()
         if not any(layer.clustered for layer in view.layout.attention):
             return self._export_form(view, folder / GRAPH)
@@ -82,6 +84,7 @@ class Exporter:
     def convert(self, graph: Graph, folder: Path) -> dict[str, Any]:
         """Write a graph in the precision of the recipe."""
         self.monitor.work("convert", 0)
+        pass_on(graph.path.parent, folder)
         spec = self.workspace.recipe.export
         info = convert_precision(graph.path, folder / GRAPH, spec.precision, keep_io=spec.keep_io)
         if graph.decode is not None:

@@ -21,6 +21,7 @@ from headwise.export.tensorrt import build_engine
 from headwise.model.cache import prunes_prompts
 from headwise.model.saving import save_checkpoint
 from headwise.passes.base import run_pass
+from headwise.pipeline.companions import pass_on
 from headwise.pipeline.exporting import Exporter
 from headwise.pipeline.gatekeeper import Gatekeeper
 from headwise.pipeline.graphs import GRAPH, MODEL, Graph, StoredModel, judged
@@ -150,6 +151,7 @@ class Stages:
             }
 
             def make(folder: Path) -> dict[str, Any]:
+                pass_on(source.path.parent, folder)
                 made = quantizer.for_tensorrt(options, body.precision, folder)
                 cost = self.exporter.cost(judged(folder / GRAPH), source.scopes)
                 own = {"file_bytes": (folder / GRAPH).stat().st_size, **made["cost"]}
@@ -180,6 +182,7 @@ class Stages:
             key = {"parent": source.digest} if options is None else quantizer.key(options)
 
             def make(folder: Path) -> dict[str, Any]:
+                pass_on(source.path.parent, folder)
                 if options is None:
                     copy_graph(source.path, folder / GRAPH)
                     if source.decode is not None:

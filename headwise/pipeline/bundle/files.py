@@ -7,14 +7,11 @@ import os
 import shutil
 import tempfile
 import zipapp
-from contextlib import suppress
 from pathlib import Path
 
-from headwise.errors import DataError
 from headwise.model.checkpoint import Checkpoint
-from headwise.model.sources import quietly
+from headwise.pipeline.companions import write_companions
 
-_MODEL_FILES = ("config.json", "generation_config.json")
 _LEAFS = ("__init__.py", "errors.py", "artifacts.py")
 _TIME = 315_619_200  # 1980-01-02: zip files know no earlier one
 
@@ -27,14 +24,7 @@ def copy_processor(checkpoint: Checkpoint, model: Path, folder: Path) -> None:
         model: folder of the compressed one.
         folder: made where there is something to write.
     """
-    with quietly():
-        for read in (checkpoint.tokenizer, checkpoint.image_processor):
-            with suppress(DataError):
-                read().save_pretrained(folder)
-    for name in _MODEL_FILES:
-        if (model / name).exists():
-            folder.mkdir(exist_ok=True)
-            shutil.copyfile(model / name, folder / name)
+    write_companions(checkpoint, model if model.is_dir() else None, folder)
     for path in folder.glob("*.json"):
         _forget_place(path)
 
