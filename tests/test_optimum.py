@@ -1,4 +1,4 @@
-"""Exported folders in Optimum, which needs an older transformers: a Python of its own, named in HEADWISE_OPTIMUM_PYTHON."""
+"""Exported folders in Optimum, which needs an older transformers, so a Python of its own: HEADWISE_OPTIMUM_PYTHON."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ def test_an_encoder_gives_its_features(stage: str, base: Path, tmp_path: Path) -
     ("kind", "family"), [("ORTModelForSequenceClassification", "bert"), ("ORTModelForImageClassification", "vit")]
 )
 def test_a_classifier_with_unequal_layers_gives_its_logits(kind: str, family: str, tmp_path: Path) -> None:
-    module: Any = {
-        "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**TINY, vocab_size=128)),
-        "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, image_size=8, patch_size=4)),
-    }[family]()
+    module: Any
+    if family == "bert":
+        module = transformers.BertForSequenceClassification(transformers.BertConfig(**TINY, vocab_size=128))
+    else:
+        module = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, image_size=8, patch_size=4))
     made = Checkpoint(module=randomize(module).eval(), source="x", kind="transformers", digest="")
     view = made.view()
     surgery.apply(view, EditPlan(edits=(DropHeads(layer=0, query=(1,)), DropHeads(layer=1, query=(0, 2)))))
