@@ -47,27 +47,37 @@ SHARING: dict[str, Row] = {
 CLUSTERING: dict[str, Row] = {
     "attention maps": {"affinity": "maps", "refit": False},
     "change of the output": {"refit": False},
-    "change of the output, refit": {"refit_mlp": False},
-    "attention maps, refit with MLPs": {"affinity": "maps"},
-    "change of the output, refit with MLPs": {},
+    "change of the output, refit": {"refit_mlp": False, "reconstruct": 0},
+    "attention maps, refit with MLPs": {"affinity": "maps", "reconstruct": 0},
+    "change of the output, refit with MLPs": {"reconstruct": 0},
+    "attention maps, reconstruction": {"affinity": "maps"},
+    "change of the output, reconstruction": {},
 }
 KV_HEADS = (6, 4, 3, 2)
 CLUSTERS = (6, 4)
 METHODS = (
     *(("share-kv", "subspace, refit", {"kv_heads": n}) for n in KV_HEADS),
-    *(("cluster-heads", "change of the output, refit with MLPs", {"clusters": n}) for n in CLUSTERS),
-    ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5}),
+    *(("cluster-heads", "change of the output, reconstruction", {"clusters": n}) for n in CLUSTERS),
+    ("cluster-heads", "change of the output, reconstruction", {"ratio": 0.5}),
+    ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5, "reconstruct": 0}),
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
     *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[::3]),
-    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:4]),
+    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:-1]),
 )
 """In the order in which they are measured: what is recommended comes first."""
 GRID: tuple[tuple[str, int, Row], ...] = (
     *(("share-kv", n, {"kv_heads": 6, "ridge": ridge}) for n in (512, 2048) for ridge in (0.01, 0.1, 1.0)),
     ("share-kv", 2048, {"kv_heads": 6, "rounds": 0}),
     ("share-kv", 2048, {"kv_heads": 6, "weighted": False}),
-    *(("cluster-heads", n, {"clusters": 6, "ridge": ridge}) for n in (512, 2048) for ridge in (0.01, 0.1, 1.0)),
-    *(("cluster-heads", 1024, {"clusters": n, "refit_mlp": mlp}) for n in CLUSTERS for mlp in (False, True)),
+    *(
+        ("cluster-heads", n, {"clusters": 6, "ridge": ridge, "reconstruct": 0})
+        for n in (512, 2048)
+        for ridge in (0.1, 1.0)
+    ),
+    *(
+        ("cluster-heads", 1024, {"clusters": 6, "refit_mlp": mlp, "reconstruct": epochs})
+        for mlp, epochs in ((False, 0), (True, 0), (True, 2), (True, 4), (True, 8))
+    ),
 )
 LANGUAGE_KV_HEADS = (2, 1)
 LENGTH = 128
@@ -150,7 +160,7 @@ def methods(
 @common
 @sts_files("train", "dev")
 def options(out: Path, model: str, **files: str) -> None:
-    """Calibration size, ridge, rounds, weights, and MLPs, on dev."""
+    """Calibration size, ridge, rounds, weights, MLPs and reconstruction, on dev."""
     bench, train = sts_bench(model, files)
     facts, rows = bench.facts(), []
     for name, samples, options in GRID:
@@ -311,11 +321,12 @@ def options_text(part: Row) -> str:
             str(row["options"].get("rounds", "")),
             str(row["options"].get("weighted", "")).lower(),
             str(row["options"].get("refit_mlp", "")).lower(),
+            str(row["options"].get("reconstruct", "")),
             both(row["dev"]),
         ]
         for row in part["rows"]
     ]
-    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "MLPs", "dev"]
+    head = ["pass", "heads left", "pairs", "ridge", "rounds", "weighted", "MLPs", "epochs", "dev"]
     return "## Options on STS-B dev\n\nThe last column is Spearman x 100 / fidelity, as above.\n\n" + table(head, body)
 
 

@@ -458,6 +458,15 @@ def test_html_is_self_contained_and_complete(report: Report) -> None:
     ElementTree.fromstring(re.search(r"<svg.*?</svg>", page, re.DOTALL).group())  # type: ignore[union-attr]
 
 
+def test_html_shows_what_a_reconstruction_did_on_samples_that_it_did_not_see(report: Report) -> None:
+    assert "Held out" not in html(report)
+    report["stages"][1]["record"]["refit"][1]["reconstruction"] = {"before": 0.0777, "after": 0.0111, "epoch": 3}
+    page = html(report)
+    assert "Held out, before reconstruction" in page
+    assert "0.0777" in page
+    assert "0.0111" in page
+
+
 def test_html_escapes_what_users_wrote(report: Report) -> None:
     report["checkpoint"]["source"] = "<script>alert(1)</script>"
     report["stages"][1]["name"] = "a<b>&c"

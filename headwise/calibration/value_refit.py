@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import Cache
 
+from headwise.calibration.calls import Call
 from headwise.calibration.refit import OutputFit, Products, observe, solve, target
 from headwise.calibration.tasks import Examples
 from headwise.calibration.tokens import valid_mask, valid_tokens
@@ -27,7 +26,6 @@ from headwise.model.shared_kv import ValueHeads
 from headwise.model.surgery import other_values
 from headwise.model.view import AttentionView, ModelView
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 _STEPS = 50
 _CLOSE = 1e-8
 """Conjugate gradients end after so many steps, or where the squared residual is this part of the first one."""
@@ -75,10 +73,10 @@ def fit_values(
     ours, theirs = student.attention[layer], teacher.attention[layer]
     old = ours.read()
     problem = _Problem(old, kvs=len(missed.weight), ridge=ridge)
-    calls: list[_Call] = []
+    calls: list[Call] = []
     for batch in examples.batches(batch_size):
         inputs = to_torch(batch.inputs)
-        with ours.watch_calls(lambda args, kwargs: calls.append((args, kwargs))):
+        with ours.watch_calls(lambda args, kwargs: calls.append(Call(args, kwargs))):
             own = observe(student, ours, inputs)
         with other_values(ours, missed):
             taken = _repeated(ours, calls.pop())
@@ -106,20 +104,12 @@ def fit_values(
     )
 
 
-def _repeated(layer: AttentionView, call: _Call) -> torch.Tensor:
-    """Head outputs, (B, T, F), for the inputs of a call, without the layers before it.
-
-    Without its cache too, which holds the keys and values of that call already.
-    """
-    args, kwargs = call
+def _repeated(layer: AttentionView, call: Call) -> torch.Tensor:
+    """Head outputs, (B, T, F), for the inputs of a call, without the layers before it."""
     heads: list[torch.Tensor] = []
     with watched_input(layer.output, heads.append), torch.inference_mode():
-        layer.module(*map(_uncached, args), **{name: _uncached(value) for name, value in kwargs.items()})
+        call.alone().run(layer.module)
     return heads[0]
-
-
-def _uncached(value: Any) -> Any:
-    return None if isinstance(value, Cache) else value
 
 
 class _Problem:

@@ -266,6 +266,13 @@ def set_values(view: AttentionView, values: ValueHeads) -> None:
     write(view, replace(view.read(), value=values.weight, value_bias=values.bias), view.layout)
 
 
+@torch.no_grad()
+def set_projections(view: AttentionView, weights: Mapping[str, torch.Tensor]) -> None:
+    """Replace parameters of a layer by others of their shapes; names are those of ``AttentionView.projections``."""
+    for name, value in weights.items():
+        view.module.get_parameter(name).copy_(value)
+
+
 @contextmanager
 def other_values(view: AttentionView, values: ValueHeads) -> Iterator[None]:
     """Other value heads while the block runs."""

@@ -115,6 +115,13 @@ class AttentionView:
         """The output projection as (D, N * H), and its bias."""
         return self._matrix(self.output)
 
+    def projections(self) -> dict[str, torch.Tensor]:
+        """Parameter of the attention module, as in its ``state_dict`` -> value, for those of its projections."""
+        family = self.family
+        paths = tuple(f"{path}." for path in (family.query, family.key, family.value, family.output))
+        found = self.module.named_parameters()
+        return {name: value.detach() for name, value in found if name.startswith(paths)}
+
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""
         family = self.family

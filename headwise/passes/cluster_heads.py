@@ -39,6 +39,9 @@ class ClusterHeadsPass(Pass):
     refit_mlp: bool = True
     """With refit: the down projections of the MLPs behind them too, in the order in which all of them run. They make
     good a part of what attention could not, and take as many calibration tokens as they have neurons."""
+    reconstruct: int = Field(default=4, ge=0)
+    """With refit: how often every attention layer sees the calibration samples in a reconstruction by gradient descent,
+    which also fits the queries and keys that a whole cluster uses."""
     ridge: float = Field(default=0.1, gt=0)
     """Pull of the refit towards the present weights, in units of the mean squared feature; the fewer the
     calibration samples, the stronger it should be."""
@@ -66,7 +69,7 @@ class ClusterHeadsPass(Pass):
         return Stat.REPAIRED_COST if self.refit else Stat.EXCHANGE_COST
 
     def recovery(self) -> Recovery:
-        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge)
+        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge, epochs=self.reconstruct)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         counts = self._counts(view, stats)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from headwise.calibration.refit import fit_output
+from headwise.calibration.reconstruct import reconstruct
+from headwise.calibration.refit import OutputFit, fit_output
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.calibration.tasks import Examples
 from headwise.calibration.value_refit import fit_values
@@ -35,6 +36,7 @@ class Recovery:
         refit: refit projections from the first edited layer on.
         ridge: see ``calibration.refit``.
         rounds: how often shared value heads are solved, in turn with the output projection.
+        epochs: how often attention layers see the calibration samples in a reconstruction by gradient descent.
         parts: the kinds of layers that are refitted.
     """
 
@@ -42,13 +44,14 @@ class Recovery:
     refit: bool
     ridge: float
     rounds: int = 0
+    epochs: int = 0
     parts: frozenset[Part] = frozenset({"attention"})
 
     @classmethod
-    def of_attention(cls, *, refit: bool, mlp: bool, ridge: float) -> Recovery:
+    def of_attention(cls, *, refit: bool, mlp: bool, ridge: float, epochs: int = 0) -> Recovery:
         """Refits of edited attention layers and all behind them, and of the MLPs behind them too if ``mlp``."""
         parts = EVERY if mlp else frozenset[Part]({"attention"})
-        return cls(fold_mean=False, refit=refit, ridge=ridge, parts=parts)
+        return cls(fold_mean=False, refit=refit, ridge=ridge, epochs=epochs, parts=parts)
 
     def means(self) -> frozenset[Stat]:
         """The statistics that folding means takes."""
@@ -104,24 +107,74 @@ def refit(
     progress: Progress | None,
 ) -> list[Mapping[str, Any]]:
     """Refit those of the layers, given in run order, that are of the parts to repair."""
-    fits: list[Mapping[str, Any]] = []
-    for layer in layers:
-        part: Part = "mlp" if isinstance(layer, MlpView) else "attention"
-        if part not in recovery.parts:
-            continue
-        report = None if progress is None else partial(progress, f"refit of {part} {layer.index}")
-        options: dict[str, Any] = {"ridge": recovery.ridge, "batch_size": batch_size, "progress": report}
+    repair = _Repair(view, teacher, recovery, examples, missed, batch_size, progress or _silent)
+    chosen = [layer for layer in layers if _part(layer) in recovery.parts]
+    return [repair.mlp(layer) if isinstance(layer, MlpView) else repair.attention(layer) for layer in chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class _Repair:
+    """Fits layers and writes what was found; each method gives what ``PassRecord.refit`` holds of a layer."""
+
+    view: ModelView
+    teacher: ModelView
+    recovery: Recovery
+    examples: Examples
+    missed: Mapping[int, ValueHeads]
+    batch_size: int
+    progress: Progress
+
+    def mlp(self, layer: MlpView) -> Mapping[str, Any]:
+        fit = self._output(layer)
+        return {"part": "mlp", "layer": layer.index, "before": fit.before, "after": fit.after}
+
+    def attention(self, layer: AttentionView) -> Mapping[str, Any]:
         # A layer that runs several times reads in its later runs what it wrote: only its output is solved for.
-        if isinstance(layer, AttentionView) and recovery.rounds and layer.index in missed and layer.runs == 1:
-            lost = missed[layer.index]
-            both = fit_values(view, teacher, layer.index, lost, examples, rounds=recovery.rounds, **options)
-            surgery.set_values(layer, both.values)
-            fit = both.output
-        else:
-            fit = fit_output(view, teacher, layer.index, examples, mlp=part == "mlp", **options)
+        once, recovery = layer.runs == 1, self.recovery
+        solved = once and recovery.rounds and layer.index in self.missed
+        fit = self._values(layer) if solved else self._output(layer)
+        entry: dict[str, Any] = {"part": "attention", "layer": layer.index, "before": fit.before, "after": fit.after}
+        if once and recovery.epochs:
+            entry["reconstruction"] = self._reconstruct(layer)
+            # Small steps leave the output projection short of its best.
+            entry["after"] = self._output(layer).after
+        return entry
+
+    def _output(self, layer: AttentionView | MlpView) -> OutputFit:
+        mlp = isinstance(layer, MlpView)
+        fit = fit_output(self.view, self.teacher, layer.index, self.examples, mlp=mlp, **self._options(layer))
         surgery.set_output(layer, fit.weight, fit.bias)
-        fits.append({"part": part, "layer": layer.index, "before": fit.before, "after": fit.after})
-    return fits
+        return fit
+
+    def _values(self, layer: AttentionView) -> OutputFit:
+        missed, rounds = self.missed[layer.index], self.recovery.rounds
+        options = {"rounds": rounds, **self._options(layer)}
+        both = fit_values(self.view, self.teacher, layer.index, missed, self.examples, **options)
+        surgery.set_values(layer, both.values)
+        surgery.set_output(layer, both.output.weight, both.output.bias)
+        return both.output
+
+    def _options(self, layer: AttentionView | MlpView) -> dict[str, Any]:
+        report = partial(self.progress, f"refit of {_part(layer)} {layer.index}")
+        return {"ridge": self.recovery.ridge, "batch_size": self.batch_size, "progress": report}
+
+    def _reconstruct(self, layer: AttentionView) -> dict[str, Any]:
+        epochs = self.recovery.epochs
+
+        def report(epoch: int, samples: int) -> None:
+            self.progress(f"reconstruction of attention {layer.index}, epoch {epoch} of {epochs}", samples)
+
+        found = reconstruct(self.view, self.teacher, layer.index, self.examples, epochs=epochs, progress=report)
+        surgery.set_projections(layer, found.weights)
+        return {"before": found.before, "after": found.after, "epoch": found.epoch}
+
+
+def _part(layer: AttentionView | MlpView) -> Part:
+    return "mlp" if isinstance(layer, MlpView) else "attention"
+
+
+def _silent(what: str, samples: int) -> None:
+    del what, samples
 
 
 def _layer(view: ModelView, edit: Edit) -> AttentionView | MlpView:

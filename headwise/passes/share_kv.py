@@ -64,6 +64,9 @@ class ShareKVHeads(Pass):
     calibration samples, the stronger it should be."""
     rounds: int = Field(default=3, ge=0)
     """How often the refit also solves the shared value heads, in turn with the output projections."""
+    reconstruct: int = Field(default=0, ge=0)
+    """With refit: how often every attention layer sees the calibration samples in a reconstruction by gradient descent,
+    which also fits queries and keys."""
     seed: int = 0
     """Seed of the search for similar heads."""
 
@@ -86,7 +89,9 @@ class ShareKVHeads(Pass):
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=False, refit=self.refit, ridge=self.ridge, rounds=self.rounds)
+        return Recovery(
+            fold_mean=False, refit=self.refit, ridge=self.ridge, rounds=self.rounds, epochs=self.reconstruct
+        )
 
     def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
         targets = [target for target, _ in self._targets(view)]

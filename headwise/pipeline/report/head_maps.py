@@ -31,7 +31,8 @@ class HeadMap:
         changes: per layer, what the pass did to its heads, in words.
         legend: what the numbers of ``uses`` are; empty where there are none.
         columns: heads that the widest layer had when the run began.
-        refit: layer -> relative error of its output on the calibration tokens, ``before`` and ``after`` the refit.
+        refit: layer -> relative error of its output on the calibration tokens, ``before`` and ``after`` the refit, and
+            of its ``reconstruction``, where there was one, on the held-out tokens.
         twin_error: largest relative difference between the edited model and its exact twin.
         rolled_back: the gate said no and the pass was undone.
     """
@@ -45,9 +46,14 @@ class HeadMap:
     changes: tuple[str, ...]
     legend: str
     columns: int
-    refit: Mapping[int, Mapping[str, float]]
+    refit: Mapping[int, Mapping[str, Any]]
     twin_error: float | None
     rolled_back: bool
+
+    @property
+    def reconstructed(self) -> bool:
+        """Whether a layer was reconstructed."""
+        return any("reconstruction" in fit for fit in self.refit.values())
 
     @property
     def removed(self) -> tuple[tuple[int, ...], ...]:
