@@ -14,8 +14,10 @@ from headwise.errors import DataError
 from headwise.model import surgery
 from headwise.model.edits import ClusterHeads, EditPlan
 from headwise.model.view import ModelView
+from headwise.passes import PASSES
 from headwise.passes.base import run_pass
 from headwise.passes.cluster_heads import ClusterHeadsPass
+from headwise.passes.recovery import Recovery, refit
 
 LAYERS = (
     ("bert", 0),
@@ -155,6 +157,44 @@ def test_clusters_come_nearer_to_the_untouched_model_and_the_record_says_so() ->
         errors[epochs] = sum(fit["after"] for fit in record.refit)
         assert all(len(entry.scoring) == 1 for entry in student.layout.attention)
     assert errors[6] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options"),
+    [
+        ("prune-heads", "bert", {"ratio": 0.5}),
+        ("prune", "vit", {"macs": 0.6, "round_to": 1}),
+        ("share-kv", "llama", {"kv_heads": 1}),
+        ("share-kv", "gpt2", {"kv_heads": 1}),
+        ("latent-kv", "bert", {"rank": 4}),
+        ("latent-kv", "llama", {"rank": 6, "rotary": 2}),
+        ("latent-kv", "llama", {"rank": 6, "route": "rebuild"}),
+        ("cluster-heads", "llama", {"clusters": 1}),
+    ],
+)
+def test_other_passes_come_nearer_too(name: str, family: str, options: dict[str, object]) -> None:
+    errors = []
+    for epochs in (0, 6):
+        student, teacher, examples = models(family)
+        task, _ = samples(student, family)
+        pass_ = PASSES[name].model_validate({**options, "reconstruct": epochs})
+        record = run_pass(pass_, student, teacher, task, examples)
+        errors.append([fit["after"] for fit in record.refit if fit["part"] == "attention"])
+        shown = [fit["reconstruction"] for fit in record.refit if fit["part"] == "attention" and epochs]
+        assert all(fit["after"] <= fit["before"] for fit in shown)
+    assert any(fit["epoch"] for fit in shown)
+    assert sum(errors[1]) < sum(errors[0])
+
+
+def test_a_layer_that_borrows_keys_and_values_keeps_to_the_closed_form() -> None:
+    student, teacher, examples = models("bert")
+    task, _ = samples(student, "bert")
+    run_pass(PASSES["share-layers"].model_validate({"how": "mean", "refit": False}), student, teacher, task, examples)
+    recovery = Recovery(fold_mean=False, refit=True, ridge=0.1, epochs=2)
+    fits = refit(student, teacher, student.attention, recovery, examples, missed={}, batch_size=32, progress=None)
+    borrowing = [layer.layout.owner is not None for layer in student.attention]
+    assert any(borrowing)
+    assert ["reconstruction" not in fit for fit in fits] == borrowing
 
 
 def test_a_layer_that_runs_several_times_keeps_to_the_closed_form() -> None:

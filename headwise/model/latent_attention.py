@@ -57,6 +57,10 @@ class State(NamedTuple):
     tables: Tables | None
 
 
+PROJECTIONS = ("q_proj", "kv_down", "rotary_key", "k_up", "v_up", "out_proj")
+"""The linear maps of ``LatentAttention``; a layer may lack some."""
+
+
 class LatentAttention(nn.Module):
     """Causal self-attention of transformers by way of a latent.
 

@@ -23,7 +23,7 @@ from headwise.model.families import Family
 from headwise.model.finding import Found, backbones, find_by_path, find_by_type, find_mlp, no_attention
 from headwise.model.grouped import GroupedAttention
 from headwise.model.latent import Borrowed, LatentProjections, read_latent
-from headwise.model.latent_attention import LatentAttention, fits
+from headwise.model.latent_attention import PROJECTIONS, LatentAttention, fits
 from headwise.model.layout import AttentionLayout, Layout
 from headwise.model.lent_cache import Absent
 from headwise.model.mlp import MlpView
@@ -118,9 +118,10 @@ class AttentionView:
     def projections(self) -> dict[str, torch.Tensor]:
         """Parameter of the attention module, as in its ``state_dict`` -> value, for those of its projections."""
         family = self.family
-        paths = tuple(f"{path}." for path in (family.query, family.key, family.value, family.output))
-        found = self.module.named_parameters()
-        return {name: value.detach() for name, value in found if name.startswith(paths)}
+        own = (family.query, family.key, family.value, family.output)
+        paths = PROJECTIONS if isinstance(self.module, LatentAttention) else own
+        parameters = self.module.named_parameters()
+        return {name: value.detach() for name, value in parameters if name.startswith(tuple(f"{p}." for p in paths))}
 
     def read(self) -> Projections:
         """The layer's weights as (heads, head_dim, width); views of the stored ones where possible."""

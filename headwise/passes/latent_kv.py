@@ -83,6 +83,9 @@ class LatentKVPass(Pass):
     has neurons, and several times as long."""
     ridge: float = Field(default=0.1, gt=0)
     """Pull of the refit towards the present weights, in units of the mean squared feature."""
+    reconstruct: int = Field(default=0, ge=0)
+    """With refit: how often every attention layer sees the calibration samples in a reconstruction by gradient descent,
+    which also fits queries and keys."""
 
     @model_validator(mode="after")
     def _one_size(self) -> LatentKVPass:
@@ -101,7 +104,7 @@ class LatentKVPass(Pass):
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
     def recovery(self) -> Recovery:
-        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge)
+        return Recovery.of_attention(refit=self.refit, mlp=self.refit_mlp, ridge=self.ridge, epochs=self.reconstruct)
 
     def by_layer(self, view: ModelView) -> tuple[Pass | None, ...]:
         if self.budget is not None:

@@ -49,6 +49,9 @@ class Prune(Pass):
     """Refit output and down projections in closed form afterwards, in the order in which they run."""
     ridge: float = Field(default=1.0, gt=0)
     """Pull of the refit towards the present weights, in units of the mean squared feature."""
+    reconstruct: int = Field(default=0, ge=0)
+    """With refit: how often every attention layer sees the calibration samples in a reconstruction by gradient descent,
+    which also fits queries and keys."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Prune:
@@ -64,7 +67,9 @@ class Prune(Pass):
         return self.latency is not None
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, parts=EVERY)
+        return Recovery(
+            fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, epochs=self.reconstruct, parts=EVERY
+        )
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         for layer in view.attention:

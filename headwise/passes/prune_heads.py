@@ -55,6 +55,9 @@ class PruneHeads(Pass):
     """Refit the output projections in closed form afterwards."""
     ridge: float = Field(default=1.0, gt=0)
     """Pull of the refit towards the present weights, in units of the mean squared head output."""
+    reconstruct: int = Field(default=0, ge=0)
+    """With refit: how often every attention layer sees the calibration samples in a reconstruction by gradient descent,
+    which also fits queries and keys."""
     seed: int = 0
     """Seed of the ``random`` score."""
 
@@ -68,7 +71,7 @@ class PruneHeads(Pass):
         return _NEEDS[self.score]
 
     def recovery(self) -> Recovery:
-        return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge)
+        return Recovery(fold_mean=self.fold_mean, refit=self.refit, ridge=self.ridge, epochs=self.reconstruct)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
         units = _units(view)

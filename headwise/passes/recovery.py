@@ -131,10 +131,12 @@ class _Repair:
     def attention(self, layer: AttentionView) -> Mapping[str, Any]:
         # A layer that runs several times reads in its later runs what it wrote: only its output is solved for.
         once, recovery = layer.runs == 1, self.recovery
+        # One that borrows its keys and values cannot run alone.
+        alone = once and layer.layout.owner is None
         solved = once and recovery.rounds and layer.index in self.missed
         fit = self._values(layer) if solved else self._output(layer)
         entry: dict[str, Any] = {"part": "attention", "layer": layer.index, "before": fit.before, "after": fit.after}
-        if once and recovery.epochs:
+        if alone and recovery.epochs:
             entry["reconstruction"] = self._reconstruct(layer)
             # Small steps leave the output projection short of its best.
             entry["after"] = self._output(layer).after
