@@ -124,6 +124,15 @@ def test_padding_says_nothing() -> None:
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "epochs"), [(9, 1), (48, 2), (12, 10)])
+def test_any_number_of_steps_is_enough(rows: int, epochs: int) -> None:
+    student, teacher, examples = models("bert")
+    disturb(student, 0)
+    few = Examples.of(examples.rows[:rows], source="x", padding=examples.padding, facts=examples.facts)
+    found = reconstruct(student, teacher, 0, few, epochs=epochs)
+    assert found.after <= found.before
+
+
 def test_some_samples_have_to_be_held_out() -> None:
     student, teacher, examples = models("bert")
     few = Examples.of(examples.rows[:8], source="x", padding=examples.padding, facts=examples.facts)

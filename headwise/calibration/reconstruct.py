@@ -9,8 +9,10 @@ An eighth of the samples is held out, and the weights that are best on them stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ _ROWS = 8
 _RATE = 0.015
 """Largest step of a weight, in units of the root mean square of its matrix."""
 _WARM_UP = 0.1
+"""Share of the steps until they have that size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,6 @@ def reconstruct(
     examples: Examples,
     *,
     epochs: int,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstruction:
     """Fit the projections of one attention layer to the untouched layer's output.
@@ -82,8 +84,7 @@ def reconstruct(
         teacher: the untouched model.
         layer: which attention layer; one that runs once.
         examples: calibration samples.
-        epochs: how often every sample is seen.
-        seed: of the order of the samples.
+        epochs: how often every sample is seen, each time in another order, which is the same in every run.
         progress: called with the epoch, from 1, and the number of samples of every finished batch.
 
     Raises:
@@ -100,7 +101,7 @@ def reconstruct(
         )
     weights = {name: value.clone().requires_grad_() for name, value in ours.projections().items()}
     descent = _Descent(ours, weights, fitted, steps=epochs * len(fitted))
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     before = after = _error(ours, weights, held)
     best, epoch = _values(weights), 0
     for number in range(1, epochs + 1):
@@ -123,9 +124,7 @@ class _Descent:
         self.energy = sum(float(batch.wanted.square().sum()) for batch in batches) / max(tokens, 1)
         rates = {name: _RATE * _size(name, weights) for name in weights}
         self.optimizer = torch.optim.Adam([{"params": [weights[name]], "lr": rate} for name, rate in rates.items()])
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, list(rates.values()), total_steps=steps, pct_start=_WARM_UP
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_pace, steps=steps))
 
     def step(self, batch: _Batch) -> None:
         """One step on the error of one batch."""
@@ -134,6 +133,12 @@ class _Descent:
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
+
+
+def _pace(step: int, *, steps: int) -> float:
+    """Share of the largest rate: up in a straight line, then down along a cosine."""
+    warm_up = max(round(_WARM_UP * steps), 1)
+    return min((step + 1) / warm_up, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _size(name: str, weights: Weights) -> float:
