@@ -43,6 +43,7 @@ SHARING: dict[str, Row] = {
     "mean after alignment": {"merge": "align", "refit": False},
     "subspace": {"refit": False},
     "subspace, refit": {},
+    "subspace, reconstruction": {"reconstruct": 4},
 }
 CLUSTERING: dict[str, Row] = {
     "attention maps": {"affinity": "maps", "refit": False},
@@ -61,7 +62,8 @@ METHODS = (
     ("cluster-heads", "change of the output, reconstruction", {"ratio": 0.5}),
     ("cluster-heads", "change of the output, refit with MLPs", {"ratio": 0.5, "reconstruct": 0}),
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
-    *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[::3]),
+    *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[:4:3]),
+    *(("share-kv", "subspace, reconstruction", {"kv_heads": n, "reconstruct": 4}) for n in KV_HEADS),
     *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:-1]),
 )
 """In the order in which they are measured: what is recommended comes first."""
@@ -150,7 +152,7 @@ def methods(
         cost = model_cost(candidate.view(), inputs).to_json()
         rows.append({"method": method, **made, **cost, **bench.evaluate(candidate, bench.examples, calibration.texts)})
         say(rows[-1])
-        if keep is not None and method in (list(SHARING)[-1], list(CLUSTERING)[-1]):
+        if keep is not None and method in ("subspace, refit", "change of the output, reconstruction"):
             kind, size = next(iter(options.items()))
             save_checkpoint(candidate, candidate.view(), keep / f"{name} {kind} {size}")
         RESULTS.save(out, "methods", {**facts, "rows": rows})
