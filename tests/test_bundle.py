@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -253,7 +254,7 @@ def test_the_command_says_what_it_made(base: Path, tmp_path: Path) -> None:
         "bundle",
         str(with_engines("plain", base) / "out"),
         "--out",
-        str(tmp_path / "b"),
+        str(tmp_path / "my b"),
         "--triton",
         "--samples",
         "2",
@@ -261,6 +262,7 @@ def test_the_command_says_what_it_made(base: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "onnx, sm86; " in result.stdout
+    assert shlex.split(result.stdout.splitlines()[-1])[-1] == str(tmp_path / "my b")
     assert "the ONNX graph, because Triton loads engines of full TensorRT only" in result.stdout
     assert CliRunner().invoke(main, ["bundle", str(tmp_path), "--out", str(tmp_path / "c")]).exit_code == 2
 
