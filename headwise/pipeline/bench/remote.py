@@ -128,7 +128,7 @@ def _result(board: Board, found: subprocess.CompletedProcess[str]) -> dict[str, 
         said = found.stderr.strip()
         if found.returncode == _NO_COMMAND:
             raise MissingDependencyError(
-                f"{board.host} has no {board.python}", expected="Python 3.11 or newer there", fix="add --python PATH"
+                f"{board.host} has no {board.python}", expected="Python 3.10 or newer there", fix="add --python PATH"
             ) from error
         missing = _MODULE.search(said)
         if missing:
