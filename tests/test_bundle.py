@@ -216,13 +216,14 @@ def test_only_a_bundle_is_replaced(base: Path, tmp_path: Path) -> None:
     out = with_engines("plain", base) / "out"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("dear")
-    with pytest.raises(BundleError, match="photos exists and is not a bundle"):
+    with pytest.raises(BundleError, match=r"photos cannot be replaced: .*photos has no manifest\.json"):
         make_bundle(out, tmp_path / "photos")
     assert (tmp_path / "photos" / "me.jpg").exists()
     bundle = copy_of("plain", base, tmp_path)
     (bundle / "local.json").write_text("{}")
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(BundleError, match=r"cannot be replaced: .*local\.json has the schema") as caught:
         make_bundle(out, bundle)
+    assert "or delete it yourself" in caught.value.fix
     (bundle / "local.json").unlink()
     (bundle / "old").touch()
     make_bundle(out, bundle)

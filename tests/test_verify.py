@@ -71,6 +71,13 @@ def test_a_whole_bundle_passes_on_onnx_runtime(bundle: Path) -> None:
     assert [check["name"] for check in checks] == ["files", "runtime", "ports", "golden", "golden", "latency", "memory"]
     assert {check["outcome"] for check in checks} == {"PASS"}
     assert [check["values"].get("output") for check in checks[3:5]] == ["digit", "parity"]
+    assert checks[1]["values"] == {
+        "runtime": "onnxruntime",
+        "version": onnxruntime.__version__,
+        "device": cpu_model(),
+        "golden_version": onnxruntime.__version__,
+    }
+    assert f" on {cpu_model()}; " in checks[1]["found"]
     latency = checks[5]["values"]
     assert 0 < latency["p50_ms"] <= latency["p90_ms"] <= latency["p99_ms"]
     assert latency["rounds"] == 3

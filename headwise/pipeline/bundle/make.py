@@ -194,9 +194,9 @@ def _refuse_other_content(out: Path) -> None:
         Bundle.open(out)
     except BundleError as error:
         raise BundleError(
-            f"{out} exists and is not a bundle",
-            expected="a new folder, or a bundle to replace",
-            fix="choose another --out",
+            f"{out} cannot be replaced: {error.found}",
+            expected="a new folder, or a whole bundle",
+            fix="choose another --out, or delete it yourself",
         ) from error
 
 
