@@ -55,7 +55,7 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(
         f"cannot write {path}: {error.strerror or error}",
         expected="a writable folder",
-        fix="choose another --out or change its permissions; finished stages are kept",
+        fix="name another place, or make this one writable; what was finished before is kept",
     )
 
 

@@ -15,7 +15,7 @@ from fake_gpu import Driver, fake_device
 from runs import plain_files, run, story_files
 
 from headwise.artifacts import MANIFEST
-from headwise.device.bundle import Bundle
+from headwise.device.bundle import SEAL, Bundle, manifest_digest
 from headwise.errors import MachineError
 from headwise.export.tensorrt import EngineInfo
 from headwise.pipeline import stages
@@ -78,6 +78,11 @@ def manifest(bundle: Path) -> dict[str, Any]:
     """The content of its manifest."""
     found: dict[str, Any] = json.loads((bundle / MANIFEST).read_text())
     return found
+
+
+def write_manifest(bundle: Path, found: dict[str, Any]) -> None:
+    """A changed manifest, as if it had been made like this."""
+    (bundle / MANIFEST).write_text(json.dumps({**found, SEAL: manifest_digest(found)}))
 
 
 def opened(bundle: Path) -> Bundle:

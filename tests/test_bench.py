@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +239,45 @@ def test_errors_of_a_child_are_those_of_the_parent(tmp_path: Path, capfd: pytest
         child._process.kill()
         with pytest.raises(HeadwiseError, match=r"the process of sum ended with -9 at the order to call"):
             child.ask("call")
+
+
+def test_a_child_whose_parent_was_interrupted_ends_quietly() -> None:
+    command = [sys.executable, "-m", "headwise.pipeline.bench.child"]
+    spec = json.dumps({"artifact": "", "threads": 1, "provider": "cpu"})
+    with subprocess.Popen([*command, spec], stdin=-1, stdout=-1, stderr=-1, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        child.stdin.write('{"do": "memory"}\n')
+        child.stdin.close()
+        assert child.stderr.read() == ""
+        assert child.wait() == 0
+
+
+@pytest.mark.usefixtures("in_process")
+def test_only_what_the_same_runtime_runs_is_called_smaller(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A graph holds more than the weights: the untouched checkpoint has fewer bytes than its own graph."""
+    folder, run = finished("text", tmp_path_factory.getbasetemp())
+    graph = str(dense_graph(run.folder, read_report(run.folder)))
+    found = bench([graph, str(folder / "checkpoint")], BenchOptions(rounds=5, starts=1, warmup=0, tokens=5))
+    sizes = [variant["bytes"] for variant in found["variants"]]
+    assert sizes[1] < 0.99 * sizes[0]
+    assert "smaller" not in found["cases"][0]["results"][1]["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ssh", "board", "--batch", "2"], "--ssh and --batch"),
+        (["--ssh", "board", "--roofline", "--gpu", "l4"], "--ssh and --roofline"),
+        (["--roofline", "--gpu", "l4", "--rounds", "9", "--provider", "cpu"], "--roofline and --provider"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["bench", *options, str(tmp_path)])
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 @pytest.mark.usefixtures("in_process")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -215,13 +216,14 @@ def test_only_a_bundle_is_replaced(base: Path, tmp_path: Path) -> None:
     out = with_engines("plain", base) / "out"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("dear")
-    with pytest.raises(BundleError, match="photos exists and is not a bundle"):
+    with pytest.raises(BundleError, match=r"photos cannot be replaced: .*photos has no manifest\.json"):
         make_bundle(out, tmp_path / "photos")
     assert (tmp_path / "photos" / "me.jpg").exists()
     bundle = copy_of("plain", base, tmp_path)
     (bundle / "local.json").write_text("{}")
-    with pytest.raises(BundleError, match="is not a bundle"):
+    with pytest.raises(BundleError, match=r"cannot be replaced: .*local\.json has the schema") as caught:
         make_bundle(out, bundle)
+    assert "or delete it yourself" in caught.value.fix
     (bundle / "local.json").unlink()
     (bundle / "old").touch()
     make_bundle(out, bundle)
@@ -253,7 +255,7 @@ def test_the_command_says_what_it_made(base: Path, tmp_path: Path) -> None:
         "bundle",
         str(with_engines("plain", base) / "out"),
         "--out",
-        str(tmp_path / "b"),
+        str(tmp_path / "my b"),
         "--triton",
         "--samples",
         "2",
@@ -261,6 +263,7 @@ def test_the_command_says_what_it_made(base: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "onnx, sm86; " in result.stdout
+    assert shlex.split(result.stdout.splitlines()[-1])[-1] == str(tmp_path / "my b")
     assert "the ONNX graph, because Triton loads engines of full TensorRT only" in result.stdout
     assert CliRunner().invoke(main, ["bundle", str(tmp_path), "--out", str(tmp_path / "c")]).exit_code == 2
 

@@ -225,6 +225,25 @@ def test_a_baseline_that_cannot_be_read(out: Path, baseline: Path) -> None:
     misspelt = check(out, baseline)
     assert misspelt.exit_code == 2
     assert 'did you mean "max_drop"?' in misspelt.output
+    for content, message in (("[]", '"baseline" is a list'), ("{}", "add it to the baseline")):
+        baseline.write_text(content)
+        other = check(out, baseline, "--update")
+        assert other.exit_code == 2
+        assert message in other.output
+    baseline.write_text("{")
+    assert "or delete it" in check(out, baseline, "--update").output, "limits of an unreadable file cannot be kept"
+    folder = check(out, out)
+    assert folder.exit_code == 2
+    assert "cannot be read: Is a directory" in folder.output
+
+
+def test_what_is_only_warned_of_is_said_in_the_last_line(out: Path, baseline: Path) -> None:
+    edit(baseline, lambda values: values["gate"].update(min_samples=1000, on_fail="warn"))
+    result = check(out, baseline)
+    assert result.exit_code == 0
+    last = " ".join(result.output.split("\n\n")[-1].split())
+    assert "the gate of the baseline only warns" in last
+    assert "within the limits" not in last
 
 
 def test_junit_is_red_exactly_when_the_exit_code_is(out: Path, baseline: Path) -> None:

@@ -87,6 +87,12 @@ def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None
         }
         return run(steps[name]["run"], folder, **env)
 
+    given["baseline"] = ""
+    refused = script("compress")
+    assert refused.returncode == 2, "before the run, not after it"
+    assert "::error title=headwise::no baseline was given" in refused.stdout
+    assert not (folder / "out").exists()
+    given["baseline"] = "baseline.json"
     assert script("compress").returncode == 0
     assert script("check").returncode == 2, "there is no baseline yet"
     assert run("headwise check out --against baseline.json --update", folder).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from headwise.cli import main
 from headwise.errors import DataError, HeadwiseError, MachineError, MissingDependencyError
-from headwise.pipeline.bench.remote import VERIFY, Board, bench_remote
+from headwise.pipeline.bench.remote import VERIFY, Board, bench_remote, remote_table
 
 SSHD = shutil.which("sshd") or (shutil.which("/usr/sbin/sshd") or "")
 CHECKS = [{"name": "golden", "outcome": "FAIL", "found": "digit differs by 0.5"}]
@@ -54,6 +56,17 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def bench(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["bench", *arguments])
+
+
+def test_what_was_run_there_and_what_to_do_is_shown() -> None:
+    fix = {"expected": "the package", "fix": "pip install onnxruntime"}
+    check = {"name": "runtime", "outcome": "NOT RUN", "found": "cannot be imported", **fix}
+    verify = {"artifact": "onnx", "note": "no engine was run: no GPU; there is sm86", "checks": [check]}
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(remote_table({"host": "me@board", "exit_code": 4, "verify": verify}))
+    shown = console.export_text()
+    assert "no engine was run: no GPU; there is sm86" in shown
+    assert "do this: pip install onnxruntime" in shown
 
 
 @pytest.mark.parametrize("exit_code", [0, 1, 4])

@@ -69,6 +69,8 @@ def test_a_run_on_a_named_gpu(tmp_path_factory: pytest.TempPathFactory, tmp_path
     assert found["flops"] == sum(work["flops"] for work in found["work"]) > 0
     with pytest.raises(DataError, match="no GPU was named"):
         bound(str(run.folder), None, batch=1, tokens=None, past=None)
+    with pytest.raises(DataError, match=r"--past 3, but .* takes no cache"):
+        bound(str(run.folder), "l4", batch=1, tokens=None, past=3)
     with pytest.raises(DataError, match="is no graph"):
         bound(str(tmp_path), "l4", batch=1, tokens=None, past=None)
     for arguments, message in ((["--gpu", "l4", "x"], "--gpu without --roofline"), (["--roofline", "x", "y"], "2 art")):

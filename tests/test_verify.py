@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bundles import bundled, copy_of, manifest, opened, outcomes, sm86
+from bundles import bundled, copy_of, manifest, opened, outcomes, sm86, write_manifest
 from click.testing import CliRunner, Result
 from fake_gpu import Driver, GraphEngine, fake_device
 
@@ -71,6 +71,13 @@ def test_a_whole_bundle_passes_on_onnx_runtime(bundle: Path) -> None:
     assert [check["name"] for check in checks] == ["files", "runtime", "ports", "golden", "golden", "latency", "memory"]
     assert {check["outcome"] for check in checks} == {"PASS"}
     assert [check["values"].get("output") for check in checks[3:5]] == ["digit", "parity"]
+    assert checks[1]["values"] == {
+        "runtime": "onnxruntime",
+        "version": onnxruntime.__version__,
+        "device": cpu_model(),
+        "golden_version": onnxruntime.__version__,
+    }
+    assert f" on {cpu_model()}; " in checks[1]["found"]
     latency = checks[5]["values"]
     assert 0 < latency["p50_ms"] <= latency["p90_ms"] <= latency["p99_ms"]
     assert latency["rounds"] == 3
@@ -301,7 +308,7 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
         ("{", "manifest.json cannot be read"),
         ("[]", 'manifest.json has the schema "None"'),
         ('{"schema": "headwise.bundle/9"}', 'manifest.json has the schema "headwise.bundle/9"'),
-        ('{"schema": "headwise.bundle/1"}', "manifest.json lacks or cannot use 'name'"),
+        ('{"schema": "headwise.bundle/1"}', "manifest.json was changed since the bundle was made"),
     ],
 )
 def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
@@ -309,6 +316,31 @@ def test_a_manifest_that_cannot_be_read(tmp_path: Path, content: str, message: s
     with pytest.raises(BundleError) as caught:
         Bundle.open(tmp_path)
     assert message in str(caught.value)
+
+
+def test_a_manifest_without_what_it_needs(tmp_path: Path) -> None:
+    write_manifest(tmp_path, {"schema": "headwise.bundle/1"})
+    with pytest.raises(BundleError, match=r"manifest\.json lacks or cannot use 'name'"):
+        Bundle.open(tmp_path)
+
+
+def test_a_manifest_that_was_edited_is_refused(bundle: Path) -> None:
+    found = manifest(bundle)
+    found["artifacts"][0]["tolerance"]["digit"] = 10.0
+    (bundle / "manifest.json").write_text(json.dumps(found))
+    for options in ((), ("--onnx",), ("--selftest",)):
+        result = call(bundle, *options)
+        assert result.exit_code == 2
+        assert "manifest.json was changed since the bundle was made" in result.output
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": "headwise.bundle/1"}'])
+def test_a_damaged_file_of_this_device_can_go(bundle: Path, content: str) -> None:
+    (bundle / "local.json").write_text(content)
+    result = call(bundle)
+    assert result.exit_code == 2
+    assert "local.json" in result.output
+    assert "delete it: it holds only what was added on this device" in result.output
 
 
 def test_options_that_do_not_fit(bundle: Path) -> None:
@@ -326,7 +358,7 @@ def test_options_that_do_not_fit(bundle: Path) -> None:
 def test_a_manifest_that_forgets_a_file(bundle: Path) -> None:
     found = manifest(bundle)
     del found["files"]["graphs/onnx/model.onnx"]
-    (bundle / "manifest.json").write_text(json.dumps(found))
+    write_manifest(bundle, found)
     checks = verify(opened(bundle), Wanted(artifact="onnx")).checks
     assert checks[0].found == "graphs/onnx/model.onnx is missing in the manifest"
 
@@ -410,10 +442,15 @@ def test_nothing_is_recorded_where_verify_says_no(bundle: Path, monkeypatch: pyt
     assert not (bundle / "local.json").exists()
 
 
-def test_golden_inputs_that_cannot_be_read(bundle: Path) -> None:
-    (bundle / "golden" / "batch.npz").write_bytes(b"PK")
+@pytest.mark.parametrize("damage", ["other", "cut", "changed"])
+def test_golden_inputs_that_cannot_be_read(bundle: Path, damage: str) -> None:
+    path = bundle / "golden" / "batch.npz"
+    data = path.read_bytes()
+    middle = len(data) // 2
+    changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    path.write_bytes({"other": b"PK", "cut": data[:middle], "changed": changed}[damage])
     result = call(bundle, "--selftest")
-    assert result.exit_code == 2
+    assert result.exit_code == 2, result.output
     assert "golden/batch.npz cannot be read" in result.output
 
 
@@ -469,7 +506,7 @@ def test_what_cannot_be_built(bundle: Path, worker: list[Any], monkeypatch: pyte
     with pytest.raises(BundleError, match=r"graphs/engine/model\.onnx has "):
         rebuild(opened(bundle), "tensorrt-rtx")
     found = manifest(bundle)
-    (bundle / "manifest.json").write_text(json.dumps({**found, "sources": []}))
+    write_manifest(bundle, {**found, "sources": []})
     with pytest.raises(BundleError, match="the bundle has no graph for engines"):
         rebuild(opened(bundle), "tensorrt-rtx")
     assert not worker
@@ -481,6 +518,7 @@ def test_a_bundle_that_cannot_be_written(bundle: Path, worker: list[Any], monkey
     result = CliRunner().invoke(device, ["build", str(bundle), "--runtime", "tensorrt-rtx"])
     assert result.exit_code == 3
     assert "cannot write" in result.output
+    assert "--out" not in result.output, "there is no such option"
 
 
 def test_the_bundle_itself_is_not_changed_by_reading(base: Path) -> None:
@@ -536,6 +574,13 @@ def test_a_bare_device_needs_numpy_click_and_a_runtime(base: Path, tmp_path: Pat
     done = bare(site, archive, "verify", "--onnx")
     assert done.returncode == 4
     assert "onnxruntime cannot be imported" in done.stdout
+    for package in ("click", "numpy"):
+        (site / package).unlink()
+        done = bare(site, archive, "verify", "--onnx")
+        assert done.returncode == 4, "1 would mean that a check said no"
+        assert f"error: No module named '{package}'\n" in done.stderr
+        assert f"-m pip install {package}" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_the_archive_builds_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
@@ -558,3 +603,10 @@ def test_a_real_engine_is_built_from_the_archive(base: Path, tmp_path: Path) -> 
     assert {check["name"]: check["outcome"] for check in found["checks"]}["files"] == "PASS"
     assert (archive.parent / "local" / "local-tensorrt-rtx-sm86.engine").stat().st_size > 1000
     assert done.returncode in (0, 4), "4 where there is no such GPU"
+
+
+@needs_builder
+def test_a_capability_that_the_builder_does_not_know(bundle: Path) -> None:
+    result = CliRunner().invoke(device, ["build", str(bundle), "--runtime", "tensorrt-rtx", "--sm", "999"])
+    assert result.exit_code == 3
+    assert "tensorrt_rtx builds nothing for sm999" in result.output

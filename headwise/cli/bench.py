@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from headwise.cli.common import EXIT_CODES, errors_to_exit_codes, progress, show_or_dump
 from headwise.errors import DataError
@@ -24,7 +25,12 @@ from headwise.errors import DataError
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of each, as in reports."
 )
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a call.")
-@click.option("--seq", "tokens", type=click.IntRange(min=1), help="Tokens of a row; 128, or what the models can take.")
+@click.option(
+    "--seq",
+    "tokens",
+    type=click.IntRange(min=1),
+    help="Tokens of a row; export.sequence.opt of a run, else 128 or what fits.",
+)
 @click.option(
     "--past", type=click.IntRange(min=0), help="Tokens in a decoder's cache when it adds one; as many as --seq."
 )
@@ -63,6 +69,10 @@ def bench(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """
     bound = {name: options.pop(name) for name in ("roofline", "gpu")}
     board = {name: options.pop(name) for name in ("host", "port", "identity", "python")}
+    if board["host"] is not None:
+        _refuse_ignored("--ssh", {*board, "rounds"})
+    elif bound["roofline"]:
+        _refuse_ignored("--roofline", {*bound, "batch", "tokens", "past"})
     if any(given is not None for given in board.values()):
         return _on_board(artifacts, board, options["rounds"], as_json=as_json)
     if bound["roofline"] or bound["gpu"] is not None:
@@ -75,6 +85,20 @@ def bench(artifacts: tuple[str, ...], as_json: bool, **options: Any) -> int:
         found = measure(artifacts, BenchOptions(**options), monitor=monitor)
     show_or_dump(found, bench_table, as_json=as_json)
     return 0
+
+
+def _refuse_ignored(mode: str, used: set[str]) -> None:
+    """Options that say how to measure here mean nothing where nothing is measured here."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and name not in {*used, "artifacts", "as_json"}:
+            raise DataError(
+                f"{mode} and {parameter.opts[0]}",
+                expected="one of them",
+                fix=f"leave {parameter.opts[0]} out: with {mode} it would change nothing",
+            )
 
 
 def _bound(artifacts: tuple[str, ...], given: dict[str, Any], options: dict[str, Any], *, as_json: bool) -> int:

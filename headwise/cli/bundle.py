@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -36,4 +37,4 @@ def bundle(directory: Path, out: Path, triton: bool, samples: int) -> None:
             else (": the ONNX graph, because Triton loads engines of full TensorRT only, and the bundle has none")
         )
         click.echo(f"{out / 'triton' / name}{note}")
-    click.echo(f"Verify it with: headwise verify {out}")
+    click.echo(f"Verify it with: headwise verify {shlex.quote(str(out))}")

@@ -22,6 +22,7 @@ Profiles = Mapping[str, Mapping[str, Sequence[int]]]
 
 _HINTS = (
     ("Option mask cannot be used together", "give Attention the mask only, with the causal part in it"),
+    ("builds nothing for", "say the compute capability of the GPU, such as 86, or install a newer version"),
     ("Cannot compile for target", "the target lacks a type of this graph: choose another precision or target"),
     ("OutOfMemory", "raise export.workspace_mb, or lower the largest batch and sequence"),
 )

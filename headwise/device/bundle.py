@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headwise.artifacts import MANIFEST, write_atomic
+from headwise.artifacts import MANIFEST, digest_json, write_atomic
 from headwise.device.arrays import Array, Arrays, Port, store
 from headwise.device.builder import Profiles
 from headwise.device.runtimes import ORT
@@ -26,6 +28,8 @@ SINGLE = "-decode"
 CACHE = "present."
 """Begins the names of what a decoder caches."""
 ARCHIVE = "headwise-verify.pyz"
+SEAL = "sha256"
+"""Key of the manifest's own digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +116,11 @@ class Bundle:
         """Read the manifest, and what was added on this device.
 
         Raises:
-            BundleError: the folder has no manifest of a bundle, or one that cannot be read.
+            BundleError: the folder has no manifest of a bundle, one that cannot be read, or one that was changed.
         """
-        manifest = _read(folder / MANIFEST)
-        nothing: dict[str, Any] = {"files": {}, "artifacts": [], "fingerprints": []}
-        local = _read(folder / LOCAL) if (folder / LOCAL).exists() else nothing
+        manifest, local = _read(folder / MANIFEST), _read_local(folder / LOCAL)
+        if manifest.get(SEAL) != manifest_digest(manifest):
+            raise _unreadable(folder / MANIFEST, "was changed since the bundle was made")
         try:
             return cls(
                 folder=folder,
@@ -170,7 +174,7 @@ class Bundle:
         try:
             with np.load(self.folder / file, allow_pickle=False) as found:
                 return {name: found[name] for name in found.files}
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise BundleError(
                 f"{file} cannot be read: {error}",
                 expected="an npz file with golden arrays",
@@ -184,6 +188,11 @@ class Bundle:
             StorageError: the bundle cannot be written to.
         """
         write_atomic(self.folder / LOCAL, json.dumps({**self.local, "schema": SCHEMA}, indent=2) + "\n")
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its seal: nothing else in a bundle has the hash of that file."""
+    return digest_json(json.loads(json.dumps({key: value for key, value in manifest.items() if key != SEAL})))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -204,9 +213,19 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _read_local(path: Path) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"files": {}, "artifacts": [], "fingerprints": []}
+    if not path.exists():
+        return nothing
+    found = _read(path)
+    lacking = [key for key, empty in nothing.items() if not isinstance(found.get(key), type(empty))]
+    if lacking:
+        raise _unreadable(path, f"lacks {', '.join(lacking)}")
+    return found
+
+
 def _unreadable(path: Path, why: str) -> BundleError:
-    return BundleError(
-        f"{path} {why}",
-        expected=f'a file of a bundle with the schema "{SCHEMA}"',
-        fix="copy the bundle again, or use the headwise-verify.pyz that lies in it",
-    )
+    fix = "copy the bundle again, or use the headwise-verify.pyz that lies in it"
+    if path.name == LOCAL:
+        fix = "delete it: it holds only what was added on this device, engines built here and fingerprints taken here"
+    return BundleError(f"{path} {why}", expected=f'a file of a bundle with the schema "{SCHEMA}"', fix=fix)

@@ -12,6 +12,7 @@ from headwise.artifacts import digest_file
 from headwise.device.arrays import Array, Arrays, Port
 from headwise.device.bundle import ARCHIVE, CACHE, Artifact, Bundle
 from headwise.device.cuda import gpu
+from headwise.device.machine import cpu_model
 from headwise.device.runtimes import MODULES, ORT, load_runtime
 from headwise.errors import MissingDependencyError
 
@@ -85,8 +86,13 @@ def check_runtime(artifact: Artifact) -> Check:
     except MissingDependencyError as error:
         return _not_here(error.found, error.expected, error.fix)
     if artifact.runtime == ORT:
-        found = f"onnxruntime {version}; the golden outputs were made with {artifact.version}"
-        return Check(name="runtime", outcome=PASS, found=found)
+        device = cpu_model()
+        return Check(
+            name="runtime",
+            outcome=PASS,
+            found=f"onnxruntime {version} on {device}; the golden outputs were made with {artifact.version}",
+            values={"runtime": ORT, "version": version, "device": device, "golden_version": artifact.version},
+        )
     here = gpu()
     rebuild = f"build an engine for this device: python {ARCHIVE} build --runtime {artifact.runtime}"
     if here is None:
@@ -98,7 +104,10 @@ def check_runtime(artifact: Artifact) -> Check:
         expected = f"{artifact.version}, which built the engine: engines do not survive a change of version"
         return _not_here(found, expected, f"{rebuild}; or install version {artifact.version}")
     return Check(
-        name="runtime", outcome=PASS, found=f"{MODULES[artifact.runtime]} {version} on {here.name}, sm{here.sm}"
+        name="runtime",
+        outcome=PASS,
+        found=f"{MODULES[artifact.runtime]} {version} on {here.name}, sm{here.sm}",
+        values={"runtime": artifact.runtime, "version": version, "device": here.name, "sm": here.sm},
     )
 
 

@@ -82,7 +82,10 @@ def _configure(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace_mb"] << 20)
     if hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job['sm']}"), 0)
+        capability = getattr(trt.ComputeCapability, f"SM{job['sm']}", None)
+        if capability is None:
+            raise BuildError(f"{trt.__name__} builds nothing for sm{job['sm']}")
+        config.set_compute_capability(capability, 0)
     for shapes_of in filter(None, job["profiles"]):
         profile = builder.create_optimization_profile()
         for name, shapes in shapes_of.items():

@@ -19,18 +19,21 @@ _SHAPES = {
 }
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = ()) -> RecipeError:
+def explain(
+    error: ValidationError, model: type[BaseModel], prefix: tuple[str | int, ...] = (), what: str = "recipe"
+) -> RecipeError:
     """One problem that pydantic found, as an error that says what to write.
 
     Args:
         error: of validating ``model``.
         model: where the locations of the error begin.
         prefix: where ``model`` is in the recipe.
+        what: the file that was validated.
     """
     # A misspelt key is also a missing one: the misspelling says more.
     first = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     shown, models = _walk(model, first["loc"])
-    where = ".".join(map(str, (*prefix, *shown))) or "recipe"
+    where = ".".join(map(str, (*prefix, *shown))) or what
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     context, kind, given = first.get("ctx", {}), first["type"], first["input"]
     if kind == "extra_forbidden":
@@ -43,7 +46,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str | 
         tags = ", ".join(tag for cls in models for tag in _tags(cls)) if kind != "missing" else ""
         where += ".type" if tags else ""
         expected = f"one of: {tags}" if tags else "a value for this key"
-        return RecipeError(f'"{where}" is missing{more}', expected=expected, fix="add it to the recipe")
+        return RecipeError(f'"{where}" is missing{more}', expected=expected, fix=f"add it to the {what}")
     if kind in ("literal_error", "union_tag_invalid"):
         choices = re.findall("'([^']*)'", str(context.get("expected_tags") or context.get("expected")))
         where, word = (f"{where}.type", str(context["tag"])) if "tag" in context else (where, str(given))

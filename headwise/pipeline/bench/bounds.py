@@ -19,6 +19,7 @@ from headwise.export.graph import graph_inputs
 from headwise.export.random_inputs import Case, random_inputs
 from headwise.gates.gpus import find_gpu
 from headwise.gates.roofline import roofline
+from headwise.model.cache import is_past
 from headwise.pipeline.folders import bench_graph, is_run, usual_tokens
 from headwise.pipeline.report.document import read_report
 from headwise.pipeline.report.summary import amount
@@ -37,7 +38,7 @@ def bound(artifact: str, gpu: str | None, *, batch: int, tokens: int | None, pas
         past: tokens in the cache of a decoder that adds one; None for a whole input.
 
     Raises:
-        DataError: there is no such graph, or no GPU was named.
+        DataError: there is no such graph, it takes no cache, or no GPU was named.
         TargetError: the GPU is not known.
     """
     if gpu is None:
@@ -52,6 +53,10 @@ def bound(artifact: str, gpu: str | None, *, batch: int, tokens: int | None, pas
     dtypes = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     dims = graph_inputs(path)
     inputs = {n: Port(str(helper.tensor_dtype_to_np_dtype(dtype)), dims[n]) for n, dtype in dtypes.items()}
+    if past is not None and not any(map(is_past, dims)):
+        raise DataError(
+            f"--past {past}, but {path} takes no cache", expected="the graph of a decoder", fix="leave --past out"
+        )
     length = 1 if past is not None else tokens or usual_tokens(path) or _TOKENS
     # The ids do not matter, only how many there are.
     arrays = random_inputs(inputs, Case(batch=batch, tokens=length, past=past, vocabulary=1))

@@ -6,6 +6,7 @@ and answers each with one line; it does nothing in between.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,12 +29,13 @@ Answer = dict[str, Any]
 def main() -> None:
     """Serve orders until there are no more; whatever libraries print goes to the error output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    spec = json.loads(sys.argv[1])
-    served = Served(**spec)
-    for line in sys.stdin:
-        answers.write(json.dumps(_caught(served.answer, json.loads(line))) + "\n")
+    # A parent that was interrupted reads no answers any more.
+    with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)
+        spec = json.loads(sys.argv[1])
+        served = Served(**spec)
+        for line in sys.stdin:
+            answers.write(json.dumps(_caught(served.answer, json.loads(line))) + "\n")
 
 
 class Served:

@@ -128,7 +128,7 @@ def _result(board: Board, found: subprocess.CompletedProcess[str]) -> dict[str, 
         said = found.stderr.strip()
         if found.returncode == _NO_COMMAND:
             raise MissingDependencyError(
-                f"{board.host} has no {board.python}", expected="Python 3.11 or newer there", fix="add --python PATH"
+                f"{board.host} has no {board.python}", expected="Python 3.10 or newer there", fix="add --python PATH"
             ) from error
         missing = _MODULE.search(said)
         if missing:
@@ -152,4 +152,8 @@ def remote_table(found: dict[str, Any]) -> RenderableType:
         table.add_column(heading, overflow="fold", no_wrap=heading != "Found")
     for check in result.get("checks", ()):
         table.add_row(*(Text(str(check.get(key, ""))) for key in ("name", "outcome", "found")))
-    return Group(table, Text(f"exit code {found['exit_code']}", style="dim"))
+        for label, key in (("expected", "expected"), ("do this", "fix")):
+            if check.get(key):
+                table.add_row("", "", Text(f"{label}: {check[key]}"))
+    note = [Text(result["note"], style="yellow")] if result.get("note") else []
+    return Group(table, *note, Text(f"exit code {found['exit_code']}", style="dim"))

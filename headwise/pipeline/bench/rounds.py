@@ -231,7 +231,9 @@ def _case(name: str, case: Case, starts: Sequence[_Start], confidence: float) ->
             speed = Speedup.of_starts(
                 [(each.times[0].tolist(), each.times[index].tolist()) for each in timed], confidence
             )
-            smaller = variant["bytes"] < _SMALLER * variants[0]["bytes"]
+            # A graph is more than its weights: bytes compare only where both are of one kind.
+            alike = variant["runtime"] == variants[0]["runtime"]
+            smaller = alike and variant["bytes"] < _SMALLER * variants[0]["bytes"]
             result |= {"speedup": speed.to_json(), "verdict": speed_words(speed, smaller=smaller)}
         results.append(result)
     return {"name": name, "batch": case.batch, "tokens": case.tokens, "past": case.past, "results": results}

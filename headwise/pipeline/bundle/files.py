@@ -13,6 +13,24 @@ from headwise.model.checkpoint import Checkpoint
 from headwise.pipeline.companions import write_companions
 
 _LEAFS = ("__init__.py", "errors.py", "artifacts.py")
+_MAIN = """\
+import sys
+
+try:
+    import numpy
+
+    from headwise.device.cli import main
+except ModuleNotFoundError as error:
+    sys.stderr.write(
+        f"error: {error}\\n"
+        "  expected: Python with numpy and click, and the runtime of the artifact\\n"
+        f"  do this:  {sys.executable} -m pip install {error.name}\\n"
+    )
+    sys.exit(4)
+
+main()
+"""
+"""What the archive runs; without numpy or click, Python itself would end with 1, which means that a check said no."""
 _TIME = 315_619_200  # 1980-01-02: zip files know no earlier one
 
 
@@ -47,7 +65,7 @@ def write_archive(path: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         main = root / "__main__.py"
-        main.write_text("from headwise.device.cli import main\n\nmain()\n")
+        main.write_text(_MAIN)
         for entry in root.rglob("*"):
             os.utime(entry, (_TIME, _TIME))
         zipapp.create_archive(root, path, interpreter="/usr/bin/env python3")

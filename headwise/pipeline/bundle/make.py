@@ -12,7 +12,7 @@ from typing import Any
 
 from headwise.artifacts import MANIFEST, building, digest_file
 from headwise.device.arrays import Port
-from headwise.device.bundle import ARCHIVE, ONNX, SCHEMA, SINGLE, Artifact, Bundle
+from headwise.device.bundle import ARCHIVE, ONNX, SCHEMA, SEAL, SINGLE, Artifact, Bundle, manifest_digest
 from headwise.device.checks import PASS
 from headwise.device.fingerprints import take
 from headwise.device.runtimes import ORT
@@ -194,9 +194,9 @@ def _refuse_other_content(out: Path) -> None:
         Bundle.open(out)
     except BundleError as error:
         raise BundleError(
-            f"{out} exists and is not a bundle",
-            expected="a new folder, or a bundle to replace",
-            fix="choose another --out",
+            f"{out} cannot be replaced: {error.found}",
+            expected="a new folder, or a whole bundle",
+            fix="choose another --out, or delete it yourself",
         ) from error
 
 
@@ -220,5 +220,6 @@ def _seal(folder: Path, manifest: dict[str, Any]) -> None:
     _write_manifest(folder, manifest)
 
 
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest[SEAL] = manifest_digest(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -79,19 +79,20 @@ class Baseline(Spec):
             values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls.model_validate(values)
         except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
             raise DataError(
-                f"no baseline {path}",
+                f"no baseline {path}" if missing else f"{path} cannot be read: {error.strerror}",
                 expected="the file that an accepted run was written to",
                 fix="accept this run with --update, look at the file, and commit it",
             ) from error
         except ValidationError as error:
-            found: RecipeError = explain(error, cls)
+            found: RecipeError = explain(error, cls, what="baseline")
             raise DataError(f"{path}: {found.found}", expected=found.expected, fix=found.fix) from error
         except ValueError as error:
             raise DataError(
                 f"{path} is not JSON ({error})",
                 expected=f'a baseline with the format "{FORMAT}"',
-                fix="accept a run with --update and commit the file that it writes",
+                fix="restore it, or delete it and accept a run with --update, under the limits of the recipe",
             ) from error
 
     def write(self, path: Path) -> None:

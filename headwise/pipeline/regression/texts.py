@@ -29,6 +29,9 @@ def headline(comparison: Comparison) -> str:
     unrun = [finding for finding in comparison.findings if finding.unrun]
     if unrun:
         return "could not be run here, and is in the baseline: " + ", ".join(map(_name, unrun))
+    warned = [finding for finding in comparison.findings if finding.bad]
+    if warned:
+        return "failed, of which the gate of the baseline only warns: " + ", ".join(map(_name, warned))
     return "within the limits of the baseline"
 
 
