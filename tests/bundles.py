@@ -33,7 +33,7 @@ def with_engines(kind: str, base: Path) -> Path:
     if kind not in _RUNS:
         folder = _FILES[kind](base / f"{kind}-engines")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stages, "build_engine", _build)
+            patch.setattr(stages, "build_engine", engine_of_graph)
             run(folder, TARGETS, *_LIGHT[kind])
         _RUNS[kind] = folder
     return _RUNS[kind]
@@ -50,7 +50,10 @@ def run_with_report(kind: str, base: Path, to: Path, **changes: Any) -> Path:
     return out
 
 
-def _build(graph: Path, out: Path, target: Any, *, profiles: Any, decode: Any = None, **options: Any) -> EngineInfo:
+def engine_of_graph(
+    graph: Path, out: Path, target: Any, *, profiles: Any, decode: Any = None, **options: Any
+) -> EngineInfo:
+    """In the place of the builder: the graph itself."""
     if target.runtime == "tensorrt":
         raise MachineError("no GPU of sm87", expected="the device itself", fix="run this step on the device")
     out.write_bytes(graph.read_bytes())

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import bundled, copy_of, manifest, opened, outcomes, run_with_report, sm86, with_engines
+from bundles import bundled, copy_of, engine_of_graph, manifest, opened, outcomes, run_with_report, sm86, with_engines
 from click.testing import CliRunner
 from fake_gpu import GraphEngine
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from runs import run, story_files
 
 from headwise.artifacts import digest_file, digest_tree
 from headwise.calibration.tasks import Examples
@@ -22,6 +23,7 @@ from headwise.cli import main
 from headwise.device.arrays import Port
 from headwise.device.verify import Wanted, verify
 from headwise.errors import BundleError, DataError, ExportError, GateError, StorageError
+from headwise.pipeline import stages
 from headwise.pipeline.bundle import make
 from headwise.pipeline.bundle.files import write_archive
 from headwise.pipeline.bundle.golden import golden_inputs
@@ -348,3 +350,40 @@ def test_the_repository_takes_engines_of_full_tensorrt_first(base: Path, tmp_pat
     found["name"] = "my model"
     assert write_repository(bundle, found) == ["my_model-sm86"]
     assert (bundle / "triton" / "my_model-sm86" / "1" / "model.plan").exists()
+
+
+def test_triton_has_no_fp8(base: Path) -> None:
+    artifact = {**manifest(bundled("story", base))["artifacts"][0]}
+    artifact["inputs"] = {**artifact["inputs"], "past": ["float8_e4m3fn", ["batch", 2]]}
+    with pytest.raises(BundleError, match="no type for the float8_e4m3fn of past"):
+        config("x", artifact, 4)
+
+
+def coded(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose engine has a cache of codes, and whose graph for ONNX Runtime has none."""
+    folder = story_files(tmp_path / "run")
+    monkeypatch.setattr(stages, "build_engine", engine_of_graph)
+    quantize = f"passes=[{{quantize: {{format: {format}, kv: {format}}}}}]"
+    run(folder, quantize, "targets=[sm89]", "gate={max_drop: 5}")
+    return folder / "out"
+
+
+def test_a_past_of_codes_is_that_of_the_graph_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_bundle(coded("int8", tmp_path, monkeypatch), tmp_path / "bundle")
+    assert sorted(made["cases"]) == ["batch", "short", "step", "step-engine"]
+    (source,) = made["sources"]
+    assert set(made["artifacts"][0]["golden"]) == {"batch", "short", "step"}
+    assert set(source["golden"]) == {"batch", "short", "step-engine"}
+    plain, codes = (np.load(tmp_path / "bundle" / made["cases"][case]) for case in ("step", "step-engine"))
+    past = codes["past_key_values.0.key"]
+    assert past.dtype == np.int8
+    assert plain["past_key_values.0.key"].dtype == np.float32
+    assert past.shape == plain["past_key_values.0.key"].shape
+    # All of the range is used, which numbers cut off to whole ones would not do.
+    assert len(np.unique(past)) > 40
+
+
+def test_a_cache_of_fp8_cannot_be_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BundleError, match=r"stored in fp8.*\n.*\n.*set kv: int8"):
+        make_bundle(coded("fp8", tmp_path, monkeypatch), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwise.calibration.tasks import Examples
-from headwise.device.arrays import Array, Arrays, store
+from headwise.device.arrays import FP8, Array, Arrays, store
 from headwise.device.builder import Profiles
 from headwise.device.session import OrtSession
-from headwise.errors import DataError
-from headwise.export.graph import graph_inputs
+from headwise.errors import BundleError, DataError
+from headwise.export.graph import graph_inputs, graph_ports
 from headwise.export.ports import IDS, MASK, first_call
 from headwise.model.cache import is_past, is_present, next_past
 
@@ -23,12 +23,13 @@ Cases = dict[str, dict[str, NDArray[Any]]]
 """Case -> input -> array."""
 
 STEP = "step"
+_CODES = ("int8", "uint8")
 _TOKENS = 32  # of a decoder's rows: every token brings scores of the whole vocabulary
 
 
 def golden_inputs(examples: Examples, graph: Path, profiles: Profiles, samples: int) -> Cases:
     """``batch``: samples of different length in one batch, padded as the task does; ``short``: the shortest ones, where
-    lengths vary; ``step``: for a decoder with a cache one more token behind a past.
+    lengths vary. A decoder with a cache has no past here; see ``golden_step``.
 
     Args:
         examples: samples of the task.
@@ -56,10 +57,42 @@ def golden_inputs(examples: Examples, graph: Path, profiles: Profiles, samples: 
     cases = {"batch": _padded(examples, spread, low)}
     if _size(order[0]) < _size(order[-1]):
         cases["short"] = _padded(examples, order[:count], low)
-    cases = {name: first_call(batch, inputs) for name, batch in cases.items()}
-    if decoder and (step := _step(graph, cases["batch"])):
-        cases[STEP] = step
-    return cases
+    return {name: first_call(batch, inputs) for name, batch in cases.items()}
+
+
+def cache_codes(graph: Path) -> tuple[tuple[str, str], ...] | None:
+    """The dtypes of a decoder's cache where they are codes, whose scales only the graph knows; None without a cache.
+
+    Raises:
+        BundleError: a cache of fp8, which ONNX Runtime has no code for: nothing here gives its golden outputs.
+    """
+    pasts = {name: port.dtype for name, port in graph_ports(graph)[0].items() if is_past(name)}
+    if FP8 in pasts.values():
+        raise BundleError(
+            "the keys and values of this run are stored in fp8, which ONNX Runtime cannot join",
+            expected="a cache whose golden outputs can be made on this machine",
+            fix="set kv: int8 in quantize, or leave kv out, and run headwise compress again",
+        )
+    return tuple((name, dtype) for name, dtype in pasts.items() if dtype in _CODES) if pasts else None
+
+
+def golden_step(graph: Path, first: Arrays) -> dict[str, Array] | None:
+    """The last token of rows without padding, behind the cache of the others; None for rows of one token.
+
+    Args:
+        graph: a decoder with a cache, which it computes itself; runs on ONNX Runtime.
+        first: inputs of a first call.
+    """
+    tokens = int(first[MASK].sum(axis=1).min())
+    if tokens < 2:
+        return None
+    session = OrtSession(graph, threads=1)
+    inputs = graph_inputs(graph)
+    whole = {name: first[name][:, :tokens] for name in (IDS, MASK)}
+    before = {name: array[:, : tokens - 1] for name, array in whole.items()}
+    cached = session.run(_feed(session, first_call(before, inputs)))
+    past = {next_past(name): array for name, array in cached.items() if is_present(name)}
+    return {**first_call({IDS: whole[IDS][:, -1:], MASK: whole[MASK]}, inputs), **past}
 
 
 def golden_outputs(graph: Path, cases: Mapping[str, Arrays]) -> Cases:
@@ -76,20 +109,6 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
 
 def _feed(session: OrtSession, inputs: Arrays) -> dict[str, Array]:
     return {name: store(inputs[name], port.dtype) for name, port in session.inputs.items()}
-
-
-def _step(graph: Path, first: Arrays) -> dict[str, Array] | None:
-    """The last token of rows without padding, behind the cache of the others; None for rows of one token."""
-    tokens = int(first[MASK].sum(axis=1).min())
-    if tokens < 2:
-        return None
-    session = OrtSession(graph, threads=1)
-    inputs = graph_inputs(graph)
-    whole = {name: first[name][:, :tokens] for name in (IDS, MASK)}
-    before = {name: array[:, : tokens - 1] for name, array in whole.items()}
-    cached = session.run(_feed(session, first_call(before, inputs)))
-    past = {next_past(name): array for name, array in cached.items() if is_present(name)}
-    return {**first_call({IDS: whole[IDS][:, -1:], MASK: whole[MASK]}, inputs), **past}
 
 
 def _padded(examples: Examples, rows: list[Any], least: int) -> dict[str, Array]:

@@ -6,7 +6,8 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ from headwise.export.widen import widen
 from headwise.model.checkpoint import load_checkpoint
 from headwise.pipeline.bundle.evidence import evidence
 from headwise.pipeline.bundle.files import copy_processor, write_archive
-from headwise.pipeline.bundle.golden import STEP, Cases, golden_inputs, golden_outputs, save_arrays
+from headwise.pipeline.bundle.golden import (
+    STEP,
+    Cases,
+    cache_codes,
+    golden_inputs,
+    golden_outputs,
+    golden_step,
+    save_arrays,
+)
 from headwise.pipeline.bundle.parts import Part, Parts, find_parts
 from headwise.pipeline.bundle.readme import readme
 from headwise.pipeline.bundle.triton import write_repository
 from headwise.pipeline.folders import compressed_model, untouched_model
-from headwise.pipeline.graphs import GRAPH
+from headwise.pipeline.graphs import GRAPH, judged
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.recipe import load_recipe
 from headwise.pipeline.report.document import read_report
@@ -91,15 +100,18 @@ class _Maker:
     def __init__(self, folder: Path, workspace: Workspace, parts: Parts) -> None:
         self.folder, self.workspace, self.parts = folder, workspace, parts
         self.recipe = workspace.recipe
+        self.cases: Cases = {}
+        self.steps: dict[Any, str] = {}  # codes in a cache -> the case that has them in its past
         limits = sequence_limit(workspace.checkpoint)
         source = parts.source
         self.shapes = {} if source is None else engine_shapes(source.path, self.recipe.export, limits)
 
     def manifest(self, name: str, samples: int) -> dict[str, Any]:
         """Everything but the evidence, the layout, and the sizes and hashes of the files."""
-        cases = golden_inputs(self.workspace.examples, self.parts.onnx.path, self.shapes.get("profiles", {}), samples)
-        artifacts = self._graphs(ONNX, self.parts.onnx, cases)
-        sources = self._sources(artifacts, cases)
+        given = self.workspace.examples, self.parts.onnx.path, self.shapes.get("profiles", {})
+        self.cases = golden_inputs(*given, samples)
+        artifacts = self._graphs(ONNX, self.parts.onnx)
+        sources = self._sources(artifacts)
         artifacts += [self._engine(source, stage, path) for stage, path in self.parts.engines for source in sources]
         packages = {package: version for package in PACKAGES if (version := installed_version(package))}
         return {
@@ -110,16 +122,16 @@ class _Maker:
             "artifacts": artifacts,
             "sources": sources,
             "targets": [target for target in self.recipe.targets if resolve_target(target).runtime != ORT],
-            "cases": {case: self._write(f"golden/{case}.npz", arrays) for case, arrays in cases.items()},
+            "cases": {case: self._write(f"golden/{case}.npz", arrays) for case, arrays in self.cases.items()},
             "fingerprints": [],
         }
 
-    def _sources(self, onnx: list[dict[str, Any]], cases: Cases) -> list[dict[str, Any]]:
+    def _sources(self, onnx: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The graphs that engines are built from, which may be those that ONNX Runtime runs."""
         part = self.parts.source
         if part is None:
             return []
-        graphs = onnx if part.path == self.parts.onnx.path else self._graphs("engine", part, cases)
+        graphs = onnx if part.path == self.parts.onnx.path else self._graphs("engine", part)
         tolerances = _tolerances(graph_ports(part.path)[1], "tf32" if part.arithmetic == "fp32" else part.arithmetic)
         shapes = [shapes for shapes in self.shapes.values() if shapes]
         # An engine has both sets of shapes, or there are two with one each.
@@ -127,23 +139,36 @@ class _Maker:
         more = {"tolerance": tolerances, "workspace_mb": self.recipe.export.workspace_mb}
         return [{**graph, **more, "profiles": entry} for graph, entry in zip(graphs, profiles, strict=True)]
 
-    def _graphs(self, name: str, part: Part, cases: Cases) -> list[dict[str, Any]]:
+    def _graphs(self, name: str, part: Part) -> list[dict[str, Any]]:
         """Copy a graph, and beside it the one for single tokens; their golden outputs are those that were judged."""
-        made = [self._graph(name, part, part.path, cases)]
-        if part.single is not None and STEP in cases:
-            made.append(self._graph(name, part, part.single, {STEP: cases[STEP]}))
+        steps = self._steps(name, part)
+        first = [case for case in self.cases if case not in self.steps.values()]
+        made = [self._graph(name, part, part.path, (*first, *steps))]
+        if part.single is not None and steps:
+            made.append(self._graph(name, part, part.single, steps))
         return made
 
-    def _graph(self, folder: str, part: Part, source: Path, cases: Cases) -> dict[str, Any]:
+    def _steps(self, name: str, part: Part) -> tuple[str, ...]:
+        """The case with a past, of a decoder. Graphs whose caches hold codes of one kind share it."""
+        codes = cache_codes(part.path)
+        if codes is None:
+            return ()
+        if codes not in self.steps:
+            with _runnable(part, part.path) as graph:
+                step = golden_step(graph, self.cases["batch"])
+            if step is None:
+                return ()
+            case = f"{STEP}-{name}" if self.steps else STEP
+            self.steps[codes], self.cases[case] = case, step
+        return (self.steps[codes],)
+
+    def _graph(self, folder: str, part: Part, source: Path, cases: Sequence[str]) -> dict[str, Any]:
         is_single = source == part.single
         path = self.folder / "graphs" / folder / source.name
         path.parent.mkdir(parents=True, exist_ok=True)
         copy_graph(source, path)
-        judged = source if is_single else part.judged
-        with tempfile.TemporaryDirectory() as scratch:
-            if not part.runs:
-                widen(judged, (judged := Path(scratch, GRAPH)))
-            golden = golden_outputs(judged, cases)
+        with _runnable(part, source) as graph:
+            golden = golden_outputs(graph, {case: self.cases[case] for case in cases})
         name = folder + (SINGLE if is_single else "")
         inputs, outputs = graph_ports(path)
         files = (path, path.with_name(f"{path.name}.data"))
@@ -178,6 +203,17 @@ class _Maker:
     def _write(self, file: str, arrays: Mapping[str, Any]) -> str:
         save_arrays(self.folder / file, arrays)
         return file
+
+
+@contextmanager
+def _runnable(part: Part, graph: Path) -> Iterator[Path]:
+    """What ONNX Runtime runs of a graph of a part."""
+    if part.runs:
+        yield judged(graph)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        widen(judged(graph), (wide := Path(scratch, GRAPH)))
+        yield wide
 
 
 def _tolerances(outputs: Mapping[str, Port], arithmetic: str) -> dict[str, float]:

@@ -25,15 +25,13 @@ class Part:
     Attributes:
         stage: its name in the report.
         path: the graph.
-        judged: the graph that ONNX Runtime can run in its place.
-        runs: whether it can run that one; bf16 has no kernels for the CPU.
+        runs: whether ONNX Runtime can run what it judges in its place; bf16 has no kernels for the CPU.
         precision: of everything that is not quantized.
         schemes: of what is quantized.
     """
 
     stage: str
     path: Path
-    judged: Path
     runs: bool
     precision: str
     schemes: tuple[str, ...]
@@ -125,7 +123,6 @@ def _part(folder: Path, stages: list[Stage]) -> Part:
     return Part(
         stage=last["name"],
         path=made.path / GRAPH,
-        judged=made.path / info.get("runs_as", GRAPH),
         runs=bool(info.get("runs_on_cpu", True)),
         precision=precision,
         schemes=tuple(sorted(schemes)),

@@ -15,6 +15,7 @@ from typing import Any
 
 from headwise.device.bundle import SINGLE
 from headwise.device.runtimes import FULL, ORT
+from headwise.errors import BundleError
 
 _TYPES = {
     "float16": "TYPE_FP16",
@@ -35,6 +36,9 @@ def write_repository(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     Args:
         folder: of the bundle.
         manifest: of a bundle whose models and evidence are there already.
+
+    Raises:
+        BundleError: an input or output has a type that Triton does not know.
     """
     artifacts: Sequence[Mapping[str, Any]] = manifest["artifacts"]
     plans = [artifact for artifact in artifacts if artifact["runtime"] == FULL]
@@ -88,4 +92,14 @@ def _port(name: str, dtype: str, dims: Sequence[int | str], *, batched: bool) ->
     sizes = ", ".join(str(dim) if isinstance(dim, int) else "-1" for dim in (dims[1:] if batched else dims))
     # A tensor of one number per row has no dims of its own, which Triton has no word for.
     shape = f"dims: [ {sizes} ]" if sizes else "dims: [ 1 ] reshape: { shape: [ ] }"
-    return f"  {{ name: {json.dumps(name)} data_type: {_TYPES[dtype]} {shape} }}"
+    return f"  {{ name: {json.dumps(name)} data_type: {_type(name, dtype)} {shape} }}"
+
+
+def _type(name: str, dtype: str) -> str:
+    if dtype in _TYPES:
+        return _TYPES[dtype]
+    raise BundleError(
+        f"Triton Inference Server has no type for the {dtype} of {name}",
+        expected=f"inputs and outputs of {', '.join(_TYPES)}",
+        fix="leave out --triton, or quantize the cache with kv: int8",
+    )
