@@ -23,6 +23,7 @@ from test_cost import graph
 
 from headwise.cli import main
 from headwise.device.arrays import Port
+from headwise.device.bundle import ARCHIVE
 from headwise.errors import DataError, HeadwiseError, MachineError
 from headwise.export.decoder import DECODE
 from headwise.export.random_inputs import Case, random_inputs, vocabulary_of
@@ -217,11 +218,23 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, tmp_path_factory: py
     with pytest.raises(DataError, match=r"only .*checkpoint to time"):
         bench([str(folder / "checkpoint")], BenchOptions())
     with pytest.raises(DataError, match="5 rounds for 6 starts"):
-        bench([str(run.folder)], BenchOptions(rounds=5))
+        bench([str(run.folder)], BenchOptions(rounds=5, starts=6))
     with pytest.raises(DataError, match=r"none\.onnx does not exist"):
         bench([str(run.folder), str(tmp_path / "none.onnx")], BenchOptions())
     with pytest.raises(DataError, match=r"--past 3, but .* runs without a cache here"):
         bench([str(run.folder)], BenchOptions(past=3))
+    with pytest.raises(DataError, match=r"--seq 25, but .*checkpoint takes 24 tokens at most"):
+        bench([str(folder / "checkpoint"), str(run.folder)], BenchOptions(tokens=25))
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / ARCHIVE).touch()
+    with pytest.raises(DataError, match=r"bundle is a bundle\n.*--ssh.*\n.*headwise verify .*graphs/onnx/model\.onnx"):
+        bench([str(tmp_path / "bundle"), str(run.folder)], BenchOptions())
+
+
+@pytest.mark.usefixtures("in_process")
+def test_few_rounds_have_no_more_starts(tmp_path_factory: pytest.TempPathFactory) -> None:
+    _, run = finished("text", tmp_path_factory.getbasetemp())
+    assert bench([str(run.folder)], BenchOptions(rounds=2, warmup=0))["starts"] == 2
 
 
 def test_errors_of_a_child_are_those_of_the_parent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,8 +39,7 @@ from headwise.errors import DataError
 @click.option(
     "--starts",
     type=click.IntRange(min=1),
-    default=6,
-    show_default=True,
+    show_default="6, or --rounds",
     help="Times that processes are started anew.",
 )
 @click.option(

@@ -117,9 +117,8 @@ class AttentionView:
 
     def projections(self) -> dict[str, torch.Tensor]:
         """Parameter of the attention module, as in its ``state_dict`` -> value, for those of its projections."""
-        family = self.family
-        own = (family.query, family.key, family.value, family.output)
-        paths = PROJECTIONS if isinstance(self.module, LatentAttention) else own
+        family, latent = self.family, isinstance(self.module, LatentAttention)
+        paths = PROJECTIONS if latent else (family.query, family.key, family.value, family.output)
         parameters = self.module.named_parameters()
         return {name: value.detach() for name, value in parameters if name.startswith(tuple(f"{p}." for p in paths))}
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headwise.device.bundle import ARCHIVE, ONNX
 from headwise.errors import DataError
 from headwise.export.random_inputs import Case
 from headwise.export.variants import ENGINES
@@ -23,6 +24,7 @@ from headwise.gates.cost import device_name
 from headwise.gates.speed import Speedup, speed_words
 from headwise.pipeline.bench.parent import Child
 from headwise.pipeline.folders import bench_graph, dense_graph, is_run, usual_tokens
+from headwise.pipeline.graphs import GRAPH
 from headwise.pipeline.monitor import Monitor, Silent
 from headwise.pipeline.report.document import read_report
 
@@ -31,6 +33,7 @@ Orders = NDArray[np.int64]
 """The indices of all variants, by round."""
 
 _TOKENS = 128
+_STARTS = 6
 _SMALLER = 0.99
 """A model counts as smaller from one percent on."""
 
@@ -48,7 +51,8 @@ class BenchOptions:
         vocabulary: where the models do not say it.
         rounds: measured calls of each, over all starts.
         warmup: calls of each before that, at every start.
-        starts: how often the processes are started anew, in turn in the order given and in the reverse.
+        starts: how often the processes are started anew, in turn in the order given and in the reverse; None: 6 times,
+            or as often as there are rounds.
         confidence: of intervals.
     """
 
@@ -60,7 +64,7 @@ class BenchOptions:
     vocabulary: int | None = None
     rounds: int = 60
     warmup: int = 5
-    starts: int = 6
+    starts: int | None = None
     confidence: float = 0.95
 
 
@@ -93,9 +97,10 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
     Raises:
         HeadwiseError: something cannot be loaded or run here, or there is nothing to compare.
     """
-    if options.rounds < options.starts:
+    times = min(_STARTS, options.rounds) if options.starts is None else options.starts
+    if options.rounds < times:
         raise DataError(
-            f"{options.rounds} rounds for {options.starts} starts",
+            f"{options.rounds} rounds for {times} starts",
             expected="at least one round per start",
             fix="raise --rounds, or lower --starts",
         )
@@ -105,7 +110,7 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
     found = _resolve(artifacts, options.provider)
     usual = min(filter(None, (usual_tokens(Path(path)) for _, path in found)), default=None)
     starts = []
-    for number, orders in enumerate(np.array_split(_orders(len(found), options.rounds), options.starts)):
+    for number, orders in enumerate(np.array_split(_orders(len(found), options.rounds), times)):
         with ExitStack() as stack:
             children = _start(stack, found, options, watcher, reverse=number % 2 == 1)
             cases = _cases(children, options, usual)
@@ -120,7 +125,7 @@ def bench(artifacts: Sequence[str], options: BenchOptions, *, monitor: Monitor |
         "threads": options.threads,
         "rounds": options.rounds,
         "warmup": options.warmup,
-        "starts": options.starts,
+        "starts": times,
         "confidence": options.confidence,
         "variants": [{key: value for key, value in variant.items() if key != "inputs"} for variant in first.variants],
         "cases": [_case(name, case, starts, options.confidence) for name, case in first.cases.items()],
@@ -145,6 +150,12 @@ def _resolve(artifacts: Sequence[str], provider: str) -> list[tuple[str, str]]:
             continue
         if path.suffix in {".onnx", *ENGINES} and not path.exists():
             raise DataError(f"{artifact} does not exist", expected="a graph or an engine", fix="check the path")
+        if (path / ARCHIVE).exists():
+            raise DataError(
+                f"{artifact} is a bundle",
+                expected="runs, graphs, checkpoints or engines, or a bundle with --ssh USER@BOARD",
+                fix=f"time it with headwise verify {artifact}, or name {path / 'graphs' / ONNX / GRAPH}",
+            )
         found.append((artifact, artifact))
     if len(found) < 2:
         raise DataError(
@@ -159,6 +170,13 @@ def _cases(children: Sequence[Child], options: BenchOptions, usual: int | None) 
     """What is timed: a forward pass, or where all keep a cache the prompt and one token behind it."""
     longest = min((child.about["longest"] for child in children if child.about["longest"]), default=None)
     tokens = options.tokens or usual or min(_TOKENS, longest or _TOKENS)
+    if longest is not None and tokens > longest:
+        short = [child.label for child in children if child.about["longest"] == longest]
+        raise DataError(
+            f"--seq {tokens}, but {', '.join(short)} takes {longest} tokens at most",
+            expected=f"a length from 1 to {longest}",
+            fix=f"give --seq {longest} or less",
+        )
     known = [child.about["vocabulary"] for child in children if child.about["vocabulary"]]
     case = Case(batch=options.batch, tokens=tokens, vocabulary=options.vocabulary or min(known, default=None))
     past = tokens if options.past is None else options.past
