@@ -53,6 +53,7 @@ CLUSTERING: dict[str, Row] = {
     "change of the output, refit with MLPs": {"reconstruct": 0},
     "attention maps, reconstruction": {"affinity": "maps"},
     "change of the output, reconstruction": {},
+    "attention maps, reconstruction, all pairs": {"affinity": "maps"},
 }
 KV_HEADS = (6, 4, 3, 2)
 CLUSTERS = (6, 4)
@@ -64,7 +65,8 @@ METHODS = (
     *(("share-kv", name, {"kv_heads": 6, **SHARING[name]}) for name in list(SHARING)[:4]),
     *(("share-kv", name, {"kv_heads": n, **SHARING[name]}) for n in KV_HEADS[1:] for name in list(SHARING)[:4:3]),
     *(("share-kv", "subspace, reconstruction", {"kv_heads": n, "reconstruct": 4}) for n in KV_HEADS),
-    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:-1]),
+    *(("cluster-heads", name, {"clusters": n, **CLUSTERING[name]}) for n in CLUSTERS for name in list(CLUSTERING)[:-2]),
+    ("cluster-heads", "attention maps, reconstruction, all pairs", {"clusters": 6, "affinity": "maps"}),
 )
 """In the order in which they are measured: what is recommended comes first."""
 GRID: tuple[tuple[str, int, Row], ...] = (
@@ -138,15 +140,16 @@ def methods(
 ) -> None:
     """Every method, with the passes' default options."""
     bench, train = sts_bench(model, files)
-    calibration = bench.calibration(sample(train, samples, seed=0))
     facts = {**bench.facts(), "samples": samples}
     rows = RESULTS.rows(out, "methods", facts) if resume else []
-    done = [(row["pass"], row["options"]) for row in rows]
+    done = [(row["pass"], row["options"], row["samples"]) for row in rows]
     for name, method, options in METHODS:
-        if (name, PASSES[name].model_validate(options).model_dump(mode="json")) in done or (
+        count = len(train) if method.endswith("all pairs") else samples
+        if (name, PASSES[name].model_validate(options).model_dump(mode="json"), count) in done or (
             only and method not in only
         ):
             continue
+        calibration = bench.calibration(sample(train, count, seed=0))
         candidate, made = compress(bench, calibration, name, options)
         inputs = {"input_ids": torch.ones(1, LENGTH, dtype=torch.long)}
         cost = model_cost(candidate.view(), inputs).to_json()
@@ -279,13 +282,15 @@ def by_graph(path: Path, ids: Sequence[int]) -> list[int]:
 
 def methods_text(part: Row) -> str:
     unseen = part["rows"][0]["test"]["unseen"]
+    whole = [row for row in part["rows"] if row["samples"] != part["samples"]]
+    note = f" All pairs are {whole[0]['samples']}, and leave {whole[0]['test']['unseen']} unseen." if whole else ""
     text = (
         "## Every method on STS-B\n\n"
         f"The untouched model has a Spearman of {part['untouched']['test']['spearman']:.2f} on test. Fidelity is the "
         "mean cosine between the embeddings of the compressed and of the untouched model, over the pairs of which "
         f"calibration saw neither sentence ({unseen} of {part['data']['test']['samples']}). Calibration: "
-        f"{part['samples']} training pairs, sampled with seed 0. Where the method does not say else, options are the "
-        f"defaults of the passes. MACs are those of {LENGTH} tokens.\n"
+        f"{part['samples']} training pairs, sampled with seed 0.{note} Where the method does not say else, options are "
+        f"the defaults of the passes. MACs are those of {LENGTH} tokens.\n"
     )
     order = [*SHARING, *CLUSTERING]
     for name, what in (("share-kv", "kv heads per layer"), ("cluster-heads", "heads with scores, per layer")):
