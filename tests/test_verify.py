@@ -392,6 +392,16 @@ def test_a_flipped_bit_of_a_weight_is_found(bundle: Path) -> None:
     assert values == {"compared": 2, "differing": ["batch/digit", "batch/parity"]}
 
 
+def test_a_flipped_bit_that_no_output_shows_is_found_in_the_file(bundle: Path) -> None:
+    graph = bundle / "graphs" / "onnx" / "model.onnx"
+    flip(graph, largest(graph), bit=0)
+    result = call(bundle, "--selftest", "--json")
+    assert result.exit_code == 1
+    (files,) = [check for check in json.loads(result.stdout)["checks"] if check["name"] == "files"]
+    assert files["outcome"] == "FAIL"
+    assert "graphs/onnx/model.onnx" in files["found"]
+
+
 def test_a_graph_that_cannot_be_loaded_any_more_fails_the_self_test(bundle: Path) -> None:
     (bundle / "graphs" / "onnx" / "model.onnx").write_bytes(b"nothing")
     result = call(bundle, "--selftest")

@@ -16,7 +16,7 @@ import numpy as np
 
 from headwise.device.arrays import Array, Arrays, as_float32
 from headwise.device.bundle import ARCHIVE, Artifact, Bundle
-from headwise.device.checks import FAIL, PASS, Check, difference
+from headwise.device.checks import FAIL, PASS, Check, check_files, difference, required
 from headwise.device.cuda import require_gpu
 from headwise.device.loading import load, run_case
 from headwise.device.machine import cpu_model
@@ -142,7 +142,9 @@ def take(bundle: Bundle, artifact: Artifact) -> dict[str, Any]:
 
 
 def compare(bundle: Bundle, name: str | None) -> Verification:
-    """Load an artifact without looking at the hashes of its files, and compare its outputs with the fingerprint.
+    """Load an artifact whatever its files are; compare its outputs with the fingerprint, then its files with hashes.
+
+    The hashes also see a bit that no golden input reaches.
 
     Raises:
         BundleError: the bundle has no such artifact.
@@ -158,7 +160,8 @@ def compare(bundle: Bundle, name: str | None) -> Verification:
             session.close()
     except (ExportError, EngineError) as error:
         check = Check(name="selftest", outcome=FAIL, found=error.found, expected=error.expected, fix=error.fix)
-    return Verification(bundle=bundle.name, artifact=artifact.name, checks=(check,))
+    files = check_files(bundle, required(bundle, artifact))
+    return Verification(bundle=bundle.name, artifact=artifact.name, checks=(check, *files))
 
 
 def _check(found: Finding) -> Check:
