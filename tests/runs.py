@@ -75,7 +75,7 @@ def text_files(folder: Path, *, vocabulary: int = len(WORDS)) -> Path:
         for layer in module.encoder.layer:
             layer.attention.output.dense.weight[:, SPARE * WIDTH // HEADS :] *= 1e-3
     module.save_pretrained(folder / "checkpoint")
-    _tokenizer().save_pretrained(folder / "checkpoint")
+    make_tokenizer().save_pretrained(folder / "checkpoint")
     random = np.random.default_rng(0)
     for name, count in (("test", 60), ("calibration", 40)):
         lines = ["first\tsecond\tscore"]
@@ -116,7 +116,7 @@ def story_files(folder: Path) -> Path:
     for layer in module.model.layers:
         layer.self_attn.o_proj.weight[:, SPARE * WIDTH // HEADS :] *= 1e-3
     module.save_pretrained(folder / "checkpoint")
-    _tokenizer("[CLS] $A").save_pretrained(folder / "checkpoint")
+    make_tokenizer("[CLS] $A").save_pretrained(folder / "checkpoint")
     random = np.random.default_rng(0)
     for name, count in (("test", 40), ("calibration", 40)):
         texts = [" ".join(random.choice(WORDS[4:], size=random.integers(4, 12))) for _ in range(count)]
@@ -134,7 +134,8 @@ STORY: dict[str, Any] = {
 }
 
 
-def _tokenizer(single: str = "[CLS] $A [SEP]") -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(single: str = "[CLS] $A [SEP]") -> transformers.PreTrainedTokenizerFast:
+    """Knows ``WORDS``."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(

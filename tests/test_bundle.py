@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from bundles import bundled, copy_of, engine_of_graph, manifest, opened, outcomes, run_with_report, sm86, with_engines
 from click.testing import CliRunner
@@ -26,7 +27,7 @@ from headwise.errors import BundleError, DataError, ExportError, GateError, Stor
 from headwise.pipeline import stages
 from headwise.pipeline.bundle import make
 from headwise.pipeline.bundle.files import write_archive
-from headwise.pipeline.bundle.golden import golden_inputs
+from headwise.pipeline.bundle.golden import cache_codes, golden_inputs
 from headwise.pipeline.bundle.make import make_bundle
 from headwise.pipeline.bundle.parts import find_parts
 from headwise.pipeline.bundle.triton import config, write_repository
@@ -352,6 +353,15 @@ def test_the_repository_takes_engines_of_full_tensorrt_first(base: Path, tmp_pat
     assert (bundle / "triton" / "my_model-sm86" / "1" / "model.plan").exists()
 
 
+def test_the_folder_of_every_graph_says_how_to_feed_it(base: Path) -> None:
+    folder = with_engines("story", base)
+    graphs = [path.parent for path in (folder / "out").glob("*/model.onnx") if "." not in path.parent.name]
+    assert len(graphs) > 2
+    for graph in graphs:
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+            assert (graph / name).read_bytes() == (folder / "checkpoint" / name).read_bytes()
+
+
 def test_triton_has_no_fp8(base: Path) -> None:
     artifact = {**manifest(bundled("story", base))["artifacts"][0]}
     artifact["inputs"] = {**artifact["inputs"], "past": ["float8_e4m3fn", ["batch", 2]]}
@@ -359,23 +369,23 @@ def test_triton_has_no_fp8(base: Path) -> None:
         config("x", artifact, 4)
 
 
-def coded(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run whose engine has a cache of codes, and whose graph for ONNX Runtime has none."""
+def test_a_past_of_codes_is_that_of_the_graph_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = story_files(tmp_path / "run")
     monkeypatch.setattr(stages, "build_engine", engine_of_graph)
-    quantize = f"passes=[{{quantize: {{format: {format}, kv: {format}}}}}]"
-    run(folder, quantize, "targets=[sm89]", "gate={max_drop: 5}")
-    return folder / "out"
-
-
-def test_a_past_of_codes_is_that_of_the_graph_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_bundle(coded("int8", tmp_path, monkeypatch), tmp_path / "bundle")
+    # No graph for the CPU: that of ONNX Runtime has a cache of numbers.
+    run(
+        folder,
+        "passes=[{quantize: {matrices: {'*': float}, kv: int8, smooth: null}}]",
+        "targets=[sm89]",
+        "gate={max_drop: 5}",
+    )
+    made = make_bundle(folder / "out", tmp_path / "bundle")
     assert sorted(made["cases"]) == ["batch", "short", "step", "step-engine"]
     (source,) = made["sources"]
     assert set(made["artifacts"][0]["golden"]) == {"batch", "short", "step"}
     assert set(source["golden"]) == {"batch", "short", "step-engine"}
-    plain, codes = (np.load(tmp_path / "bundle" / made["cases"][case]) for case in ("step", "step-engine"))
-    past = codes["past_key_values.0.key"]
+    plain, coded = (np.load(tmp_path / "bundle" / made["cases"][case]) for case in ("step", "step-engine"))
+    past = coded["past_key_values.0.key"]
     assert past.dtype == np.int8
     assert plain["past_key_values.0.key"].dtype == np.float32
     assert past.shape == plain["past_key_values.0.key"].shape
@@ -383,7 +393,11 @@ def test_a_past_of_codes_is_that_of_the_graph_that_reads_it(tmp_path: Path, monk
     assert len(np.unique(past)) > 40
 
 
-def test_a_cache_of_fp8_cannot_be_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_fp8_cannot_be_bundled(tmp_path: Path) -> None:
+    past, present = "past_key_values.0.key", "present.0.key"
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    ports = [onnx.helper.make_tensor_value_info(name, kind, ["b", 2]) for name in (past, present)]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", [past], [present])], "g", ports[:1], ports[1:])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "model.onnx"))
     with pytest.raises(BundleError, match=r"stored in fp8.*\n.*\n.*set kv: int8"):
-        make_bundle(coded("fp8", tmp_path, monkeypatch), tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
+        cache_codes(tmp_path / "model.onnx")

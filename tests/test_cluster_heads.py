@@ -219,7 +219,7 @@ def test_clustered_layers_are_not_pruned_or_shared_afterwards(edit: DropHeads | 
         EditPlan(edits=(edit,)).check(view.layout)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "torch", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "llama", "torch"])
 @pytest.mark.parametrize("name", ["gathered", "fused"])
 def test_the_graph_computes_scores_of_representatives_or_keeps_the_fused_node(
     family: str, name: str, tmp_path: Path

@@ -56,6 +56,11 @@ def as_json(*arguments: object) -> dict[str, Any]:
     return found
 
 
+def test_configuration_beside_the_graphs_is_that_of_the_compressed_model(folder: Path) -> None:
+    written = [folder / "out" / path / "config.json" for path in ("02-onnx", "03-cpu", "01-prune-heads/model")]
+    assert len({path.read_bytes() for path in written}) == 1
+
+
 def test_graph_and_model_of_a_run_give_the_same_texts(folder: Path) -> None:
     graph, model = as_json(folder / "out" / "02-onnx" / "model.onnx"), as_json(folder / "out", "--runtime", "torch")
     assert (graph["runtime"], model["runtime"]) == ("onnxruntime", "torch")
