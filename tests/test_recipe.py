@@ -139,6 +139,7 @@ def test_defaults_of_calibration_and_passes() -> None:
                 "fold_mean": True,
                 "refit": True,
                 "ridge": 1.0,
+                "reconstruct": 0,
                 "seed": 0,
             }
         }
