@@ -273,3 +273,24 @@ def test_a_touched_bystander_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surgery, "set_output", wrong)
     with pytest.raises(SurgeryError, match="outside the attention layers and MLPs"):
         run_pass(PruneHeads(ratio=0.5), view, teacher, task, examples)
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("bert", {"share-layers": {"how": "mean"}}, {"prune": {"macs": 0.8}}),
+        ("llama", {"latent-kv": {"rank": 6}}, {"cluster-heads": {"clusters": 2}}),
+        ("gpt2", {"share-layers": {"rank": 6}}, {"share-kv": {"ratio": 0.5}}),
+        ("gpt2", {"share-layers": {"rank": 6}}, {"latent-kv": {"rank": 5}}),
+    ],
+    ids=str,
+)
+def test_layers_that_a_pass_cannot_read_are_refused_before_anything_is_measured(
+    family: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    view, teacher = (ModelView.of(make_model(family)) for _ in range(2))
+    task, examples = samples(view, family)
+    (name, options), (then, more) = (*first.items(), *second.items())
+    run_pass(PASSES[name].model_validate({**options, "refit": False}), view, teacher, task, examples)
+    with pytest.raises(PlanError, match=r"from another layer already\n.*\n.*behind the other attention passes"):
+        make_plan(PASSES[then].model_validate(more), view, task, examples)

@@ -10,7 +10,7 @@ Shape letters: D model width, N query heads, K kv heads, H head_dim; F = N * H f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,21 +70,12 @@ def fit_values(
     Raises:
         DataError: fewer calibration tokens than features.
     """
-    ours, theirs = student.attention[layer], teacher.attention[layer]
-    old = ours.read()
+    old = student.attention[layer].read()
     problem = _Problem(old, kvs=len(missed.weight), ridge=ridge)
-    calls: list[Call] = []
-    for batch in examples.batches(batch_size):
-        inputs = to_torch(batch.inputs)
-        with ours.watch_calls(lambda args, kwargs: calls.append(Call(args, kwargs))):
-            own = observe(student, ours, inputs)
-        with other_values(ours, missed):
-            taken = _repeated(ours, calls.pop())
-        wanted = target(ours, own, observe(teacher, theirs, inputs))
-        mask = valid_mask(batch, ours.family)
-        problem.add(*(valid_tokens(part, mask).double() for part in (own.features, taken, wanted)))
+    for own, taken, wanted, samples in _tokens(student, teacher, layer, missed, examples, batch_size):
+        problem.add(own, taken, wanted)
         if progress is not None:
-            progress(len(batch.samples))
+            progress(samples)
     problem.sums.require_tokens(f"layer {layer}", "set rounds: 0")
     before = problem.error()
     problem.solve_output()
@@ -102,6 +93,24 @@ def fit_values(
             after=problem.error(),
         ),
     )
+
+
+def _tokens(
+    student: ModelView, teacher: ModelView, layer: int, missed: ValueHeads, examples: Examples, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Batch by batch, of the tokens that count: head outputs, what they miss, the target; and how many samples."""
+    ours, theirs = student.attention[layer], teacher.attention[layer]
+    calls: list[Call] = []
+    for batch in examples.batches(batch_size):
+        inputs = to_torch(batch.inputs)
+        with ours.watch_calls(lambda args, kwargs: calls.append(Call(args, kwargs))):
+            own = observe(student, ours, inputs)
+        with other_values(ours, missed):
+            taken = _repeated(ours, calls.pop())
+        wanted = target(ours, own, observe(teacher, theirs, inputs))
+        mask = valid_mask(batch, ours.family)
+        tokens = [valid_tokens(part, mask).double() for part in (own.features, taken, wanted)]
+        yield tokens[0], tokens[1], tokens[2], len(batch.samples)
 
 
 def _repeated(layer: AttentionView, call: Call) -> torch.Tensor:

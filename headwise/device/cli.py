@@ -28,7 +28,12 @@ def main() -> None:
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--engine", help="Verify this engine, and nothing in its place.")
 @click.option("--onnx", is_flag=True, help="Verify the graph on ONNX Runtime.")
-@click.option("--selftest", "is_selftest", is_flag=True, help="Compare the bytes of the outputs with a fingerprint.")
+@click.option(
+    "--selftest",
+    "is_selftest",
+    is_flag=True,
+    help="Compare the bytes of outputs with a fingerprint, and files with their hashes.",
+)
 @click.option("--record", is_flag=True, help="With --selftest: take the fingerprint here, after a passing verify.")
 @click.option("--rounds", type=click.IntRange(min=0), default=50, show_default=True, help="Calls to measure; 0: none.")
 @click.option("--tolerance", type=click.FloatRange(min=0), help="Of all outputs, in the place of the manifest's.")

@@ -41,6 +41,14 @@ class Pass(Spec):
     paper: ClassVar[str] = ""
     """arXiv id of the method."""
 
+    def requires(self, view: ModelView) -> None:
+        """What has to hold of every layer before anything is measured.
+
+        Raises:
+            PlanError: the pass cannot be applied to this model.
+        """
+        del view
+
     @abstractmethod
     def needs(self) -> frozenset[Stat]:
         """The statistics that ``plan`` reads."""
@@ -176,6 +184,7 @@ def _refuse(pass_: Pass, view: ModelView) -> None:
                 expected=f"another pass, because {layer.family.refuses[pass_.name]}",
                 fix="leave the pass out; `headwise inspect` lists what a model cannot have done to it",
             )
+    pass_.requires(view)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from headwise.calibration.stats import HeadStats, Stat
 from headwise.errors import PlanError
 from headwise.model.edits import ClusterHeads, ClusterOnline, Edit, EditPlan
+from headwise.model.latent_edits import refuse_compressed
 from headwise.model.view import AttentionView, ModelView
 from headwise.passes.base import Pass
 from headwise.passes.clustering import Clusters, by_cost, by_similarity, elbow
@@ -56,6 +57,10 @@ class ClusterHeadsPass(Pass):
         if self.membership == "online" and self.affinity != "maps":
             raise ValueError("membership: online clusters by attention maps: set affinity: maps")
         return self
+
+    def requires(self, view: ModelView) -> None:
+        for layer in view.attention:
+            refuse_compressed(layer.index, layer.layout)
 
     def needs(self) -> frozenset[Stat]:
         by_maps = self.affinity == "maps"

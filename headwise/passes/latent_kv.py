@@ -100,6 +100,12 @@ class LatentKVPass(Pass):
             raise ValueError("a latent has at least one number per token")
         return self
 
+    def requires(self, view: ModelView) -> None:
+        for layer in view.attention:
+            refuse_clustered(layer.index, layer.layout)
+            if layer.caches:
+                refuse_turned(layer) if self.route == "rebuild" else refuse_cached(layer)
+
     def needs(self) -> frozenset[Stat]:
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
@@ -118,10 +124,6 @@ class LatentKVPass(Pass):
         return tuple(self.model_copy(update={"rank": rank}) for rank in ranks)
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
-        for layer in view.attention:
-            refuse_clustered(layer.index, layer.layout)
-            if layer.caches:
-                refuse_turned(layer) if self.route == "rebuild" else refuse_cached(layer)
         solved = [self._problem(view, layer, stats) for layer in view.attention]
         problems = [problem for problem, _ in solved]
         ranks = self._ranks(view, problems, sum(0 if p is None else p.rotary.shape[:2].numel() for _, p in solved))

@@ -59,6 +59,10 @@ class Prune(Pass):
             raise ValueError("give either macs or latency")
         return self
 
+    def requires(self, view: ModelView) -> None:
+        for layer in view.attention:
+            refuse_clustered(layer.index, layer.layout)
+
     def needs(self) -> frozenset[Stat]:
         return NEEDS[self.score] | (frozenset() if self.timed else {Stat.MACS})
 
@@ -72,8 +76,6 @@ class Prune(Pass):
         )
 
     def plan(self, view: ModelView, stats: HeadStats) -> EditPlan:
-        for layer in view.attention:
-            refuse_clustered(layer.index, layer.layout)
         prices = in_milliseconds(view, stats) if self.timed else in_macs(stats)
         heads = head_orders(view, stats, self.score)
         neurons = neuron_orders(view, stats, self.score, seed=0, at_once=self.round_to)

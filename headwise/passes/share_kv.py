@@ -85,6 +85,10 @@ class ShareKVHeads(Pass):
     def _keys(self) -> Merge:
         return self.merge_keys or self.merge
 
+    def requires(self, view: ModelView) -> None:
+        for layer in view.attention:
+            refuse_clustered(layer.index, layer.layout)
+
     def needs(self) -> frozenset[Stat]:
         return frozenset({Stat.INPUT_MOMENT, Stat.QUERY_MOMENT})
 
@@ -107,7 +111,6 @@ class ShareKVHeads(Pass):
         targets = self._targets(view)
         edits, notes = [], {}
         for layer, (target, why) in zip(view.attention, targets, strict=True):
-            refuse_clustered(layer.index, layer.layout)
             if target == len(layer.layout.kv):
                 notes[layer.index] = why or f"keeps its {target} kv heads"
                 continue

@@ -9,8 +9,7 @@ import tempfile
 import zipapp
 from pathlib import Path
 
-from headwise.model.checkpoint import Checkpoint
-from headwise.pipeline.companions import write_companions
+from headwise.pipeline.companions import pass_on
 
 _LEAFS = ("__init__.py", "errors.py", "artifacts.py")
 _MAIN = """\
@@ -34,15 +33,14 @@ main()
 _TIME = 315_619_200  # 1980-01-02: zip files know no earlier one
 
 
-def copy_processor(checkpoint: Checkpoint, model: Path, folder: Path) -> None:
-    """Write tokenizer and image processor, and the configuration that says what the outputs mean.
+def copy_processor(graph: Path, folder: Path) -> None:
+    """Copy tokenizer and image processor, and the configuration that says what the outputs mean.
 
     Args:
-        checkpoint: the untouched model, which has the processor.
-        model: folder of the compressed one.
-        folder: made where there is something to write.
+        graph: folder of a graph of the run, which has them where the model does.
+        folder: made where there is something to copy.
     """
-    write_companions(checkpoint, model if model.is_dir() else None, folder)
+    pass_on(graph, folder)
     for path in folder.glob("*.json"):
         _forget_place(path)
 

@@ -84,7 +84,7 @@ def make_bundle(
         manifest = _Maker(folder, workspace, parts).manifest(out.resolve().name, samples)
         manifest["evidence"] = evidence(report, parts)
         model = compressed_model(run, report)
-        copy_processor(workspace.checkpoint, Path(model), folder / "processor")
+        copy_processor(parts.onnx.path.parent, folder / "processor")
         manifest["layout"] = load_checkpoint(model).view().layout.to_json()
         if triton:
             manifest["triton"] = write_repository(folder, manifest)
