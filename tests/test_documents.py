@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with data and a recipe, not compressed yet, and `headwise` on the path."""
+    """A checkpoint with data, a recipe and the stages of a run of it, and `headwise` on the path."""
     folder = copied("plain", tmp_path_factory.getbasetemp(), tmp_path)
-    shutil.rmtree(folder / "out")
+    (folder / "out" / "report.json").unlink()
     command = folder / "bin" / "headwise"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m headwise "$@"\n')
@@ -48,22 +47,25 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_gate_a_regression_in_ci(folder: Path) -> None:
-    accept, check, _ = blocks("ci.md")
-    done = run(accept, folder)
-    assert done.returncode == 0, done.stderr
+def commands(block: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("headwise ")]
+
+
+def test_gate_a_regression_in_ci(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    accept, check, _ = map(commands, blocks("ci.md"))
+    done = [CliRunner().invoke(main, command) for command in (*accept, *check)]
+    assert [result.exit_code for result in done] == [0, 0, 0, 0], done[-1].output
     assert (folder / "baseline.json").exists()
-    done = run(check, folder)
-    assert done.returncode == 0, done.stderr
     assert (folder / "check.xml").exists()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["passes"] = [{"prune-heads": {"ratio": 0.75, "refit": False}}]
     recipe["gate"] = {"max_drop": 100}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = run(check, folder)
-    assert done.returncode == 1, done.stdout
-    assert "prune-heads digit accuracy" in done.stdout
-    assert "FAIL" in done.stdout
+    done = [CliRunner().invoke(main, command) for command in check]
+    assert [result.exit_code for result in done] == [0, 1]
+    assert "prune-heads digit accuracy" in done[-1].stdout
+    assert "FAIL" in done[-1].stdout
     failures = ElementTree.parse(folder / "check.xml").getroot().findall(".//testsuite[@name='prune-heads']//failure")
     worse = re.findall(r"([0-9.]+) worse", " ".join(failure.get("message", "") for failure in failures))
     assert max(map(float, worse)) >= 2, "points"
@@ -91,11 +93,12 @@ def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None
     refused = script("compress")
     assert refused.returncode == 2, "before the run, not after it"
     assert "::error title=headwise::no baseline was given" in refused.stdout
-    assert not (folder / "out").exists()
+    assert not (folder / "out" / "report.json").exists()
     given["baseline"] = "baseline.json"
     assert script("compress").returncode == 0
     assert script("check").returncode == 2, "there is no baseline yet"
-    assert run("headwise check out --against baseline.json --update", folder).returncode == 0
+    update = ["check", str(folder / "out"), "--against", str(folder / "baseline.json"), "--update"]
+    assert CliRunner().invoke(main, update).exit_code == 0
     assert script("check").returncode == 0
     assert '"confidence": 0.9' in (folder / "baseline.json").read_text()
     given |= {"tiny": "true", "checkpoint": "conftest:two_heads"}
@@ -104,10 +107,6 @@ def test_the_steps_of_the_github_action_are_those_commands(folder: Path) -> None
     assert steps["check"]["if"] == "inputs.tiny != 'true'"
     used = set(re.findall(r"inputs\.(\w+)", (ROOT / "action.yml").read_text()))
     assert used == set(action["inputs"])
-
-
-def commands(block: str) -> list[list[str]]:
-    return [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("headwise ")]
 
 
 @pytest.mark.parametrize("page", ["compress.md", "speed.md"])
@@ -132,9 +131,7 @@ def test_pages_on_a_run(
             assert "95 % interval" in " ".join(result.stdout.split())
 
 
-def test_deploy_and_verify_a_bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    # The run is there already, so that the first command finds its stages.
-    shutil.copytree(copied("plain", tmp_path_factory.getbasetemp(), folder / "again") / "out", folder / "out")
+def test_deploy_and_verify_a_bundle(folder: Path) -> None:
     make, verify, selftest, record, triton = blocks("deploy.md")
     python = folder / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
